@@ -1,0 +1,72 @@
+"""Set up a notebook: profile, device, seeds, and one line that says what was chosen."""
+
+import os
+import platform
+import random
+import urllib.error
+import urllib.request
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+PROFILES = ("quick", "full")
+
+
+def hub_answers(timeout: float = 3.0) -> bool:
+    """Whether the Hugging Face Hub can be reached within `timeout` seconds."""
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        request = urllib.request.Request(endpoint, method="HEAD")
+        urllib.request.urlopen(request, timeout=timeout).close()
+        return True
+    except urllib.error.HTTPError:               # it answered, if only with an error
+        return True
+    except (OSError, ValueError):
+        return False
+
+
+def _pick_profile(device):
+    asked = os.environ.get("COURSE_PROFILE", "").strip()
+    if asked and asked not in PROFILES:
+        raise ValueError(f"COURSE_PROFILE is {asked!r}: set it to 'quick' or 'full', or unset it.")
+    if asked == "full" and not hub_answers():
+        raise ConnectionError("The full profile needs the Hugging Face Hub, which does not answer: "
+                              "check the network, or set COURSE_PROFILE=quick to work offline.")
+    if asked:
+        return asked, "COURSE_PROFILE is set"
+    if device == "cpu":
+        return "quick", "no GPU found"
+    if not hub_answers():
+        return "quick", "the Hub does not answer"
+    return "full", "a GPU is there and the Hub answers"
+
+
+def start(seed: int = 0) -> SimpleNamespace:
+    """Seed every generator, choose profile and device, and print the choice in one line.
+
+    Returns `profile` ("quick" or "full"), `device` (a torch.device) and `seed`. The environment
+    variable COURSE_PROFILE overrides the choice. Raises ValueError when it is misspelt and
+    ConnectionError when it asks for "full" and the Hub does not answer.
+    """
+    device = ("cuda" if torch.cuda.is_available()
+              else "mps" if torch.backends.mps.is_available() else "cpu")
+    profile, why = _pick_profile(device)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    import datasets
+    import diffusers
+
+    datasets.disable_progress_bars()
+    versions = [f"Python {platform.python_version()}"] + [
+        f"{module.__name__} {module.__version__}" for module in (torch, diffusers, datasets)]
+    print(f"Profile {profile} ({why}) · device {device} · {' · '.join(versions)} · to change: "
+          "set COURSE_PROFILE=quick or full before starting Jupyter")
+    return SimpleNamespace(profile=profile, device=torch.device(device), seed=seed)
+
+
+def choose(profile: str, **columns: tuple) -> SimpleNamespace:
+    """Pick one column of a table of settings given as `name=(quick, full)`."""
+    index = PROFILES.index(profile)
+    return SimpleNamespace(**{name: values[index] for name, values in columns.items()})

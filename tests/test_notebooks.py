@@ -1,0 +1,114 @@
+"""The notebooks: stored state, a short run of every cell, exercises and their solutions."""
+
+import re
+
+import nbformat
+import pytest
+from run_notebooks import (
+    BOUNDS,
+    SHORT_MODE,
+    execute,
+    has_tag,
+    insert_after,
+    notebooks,
+    out_of_bounds,
+    results_of,
+    text_of,
+    tomllib,
+)
+
+PATHS = notebooks()
+IDS = [f"{path.parent.name}-{path.stem}" for path in PATHS]
+every_notebook = pytest.mark.parametrize("path", PATHS, ids=IDS)
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def exercises(notebook):
+    """(stub, check, solution) for each exercise: the cells and the solution's code."""
+    cells = notebook.cells
+    for i, cell in enumerate(cells):
+        if has_tag(cell, "exercise"):
+            assert has_tag(cells[i + 1], "check"), "a check cell follows each exercise"
+            solution = re.search(r"```python\n(.*?)```", cells[i + 2].source, re.DOTALL)
+            assert "<details>" in cells[i + 2].source and solution
+            yield cell, cells[i + 1], solution.group(1)
+
+
+@every_notebook
+def test_stored_outputs_are_fresh_and_clean(path):
+    """Executed in order from a fresh kernel, without errors, warnings or widgets, below 1 MB."""
+    notebook = read(path)
+    counts = [cell.execution_count for cell in code_cells(notebook)]
+    assert counts == list(range(1, len(counts) + 1))
+    assert path.stat().st_size <= 1_000_000
+    for cell in code_cells(notebook):
+        for output in cell.outputs:
+            assert output.output_type != "error"
+            assert output.get("name") != "stderr"
+            assert "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
+
+
+@every_notebook
+def test_every_picture_has_alternative_text(path):
+    for cell in read(path).cells:
+        assert not re.search(r"!\[\s*\]\(", cell.source)
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                assert output.metadata.get("image/png", {}).get("alt") or output.metadata.get("alt")
+
+
+@every_notebook
+def test_anatomy(path):
+    """One launch cell, one configuration cell, results last, two to four exercises."""
+    notebook = read(path)
+    for tag in ("launch", "config", "results"):
+        assert sum(has_tag(cell, tag) for cell in notebook.cells) == 1, tag
+    assert has_tag(code_cells(notebook)[-1], "results")
+    assert 2 <= len(list(exercises(notebook))) <= 4
+    assert all(len(cell.source.splitlines()) <= 30 for cell in code_cells(notebook))
+    assert "pip install" not in "".join(
+        c.source for c in code_cells(notebook) if not has_tag(c, "launch"))
+
+
+@every_notebook
+def test_stored_results_are_within_their_bounds(path):
+    bounds = tomllib.loads(BOUNDS.read_text())["result"]
+    name = f"{path.parent.name}/{path.name}"
+    assert any(bound["notebook"] == name for bound in bounds)
+    assert list(out_of_bounds(name, results_of(read(path)), bounds)) == []
+
+
+def test_launch_cell_is_the_same_everywhere():
+    assert len({c.source for path in PATHS for c in read(path).cells if has_tag(c, "launch")}) == 1
+
+
+@pytest.mark.slow
+@every_notebook
+def test_short_run_with_stubs_then_with_solutions(path, tmp_path):
+    """Every cell runs; an untouched stub does not pass its check, the solution does.
+
+    Both versions run in one kernel: behind each check stands a copy with the solution in place.
+    """
+    notebook = read(path)
+    insert_after(notebook, "config", SHORT_MODE)
+    pairs = []
+    for _, check, solution in list(exercises(notebook)):
+        solved = [nbformat.v4.new_code_cell(solution), nbformat.v4.new_code_cell(check.source)]
+        index = notebook.cells.index(check)
+        notebook.cells[index + 1:index + 1] = solved
+        pairs.append((check, solved[1]))
+    (tmp_path / "course").symlink_to(path.parents[1])     # the launch cell looks there
+    execute(notebook, tmp_path)
+    for check, solved in pairs:
+        lines = text_of(check).splitlines()
+        assert lines and all("not attempted yet" in line for line in lines), text_of(check)
+        lines = text_of(solved).splitlines()
+        assert lines and all(line.startswith("✓") for line in lines), text_of(solved)
+    assert results_of(notebook)
