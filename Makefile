@@ -19,13 +19,18 @@ test: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python tests/bench.py
 
-# run the notebooks and keep their outputs in the repository, with the pictures that pages use
-store figures: $(VENV)/installed
+# run the notebooks and keep their outputs in the repository
+store: $(VENV)/installed
 	$(BIN)/python tests/run_notebooks.py --store
+
+# write the pictures that the pages use from the notebooks' stored outputs
+figures: $(VENV)/installed
+	$(BIN)/python tests/run_notebooks.py --figures
 
 $(VENV)/installed: requirements.txt tests/requirements.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -r requirements.txt -r tests/requirements.txt -c constraints.txt
+	$(BIN)/python -m pip install --quiet -r requirements.txt -r tests/requirements.txt \
+		-c constraints.txt
 	touch $@
 
 clean:

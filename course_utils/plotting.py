@@ -70,8 +70,9 @@ def film(frames: Sequence[torch.Tensor], alt: str, columns: int = 8, zoom: int =
     """Animate batches of pictures (N, 1 or 3, H, W) in [-1, 1], one batch a frame.
 
     The result is an animated PNG, which every notebook viewer shows; the last frame stays longer.
+    Colours have 32 levels, which halves the size of noise.
     """
-    pages = [Image.fromarray(tile(frame, columns)) for frame in frames]
+    pages = [Image.fromarray(tile(frame, columns) & 0xF8) for frame in frames]
     pages = [p.resize((p.width * zoom, p.height * zoom), Image.Resampling.NEAREST) for p in pages]
     durations = [milliseconds] * (len(pages) - 1) + [2000]
     buffer = io.BytesIO()
@@ -85,4 +86,7 @@ def display_figure(drawn: Axes | Figure, alt: str) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     plt.close(figure)
+    picture = Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="png", optimize=True)   # half the size, same look
     display(DisplayImage(buffer.getvalue(), format="png", alt=alt))

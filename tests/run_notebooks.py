@@ -153,7 +153,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("paths", nargs="*", type=Path, help="notebooks, all unless given")
     parser.add_argument("--store", action="store_true", help="keep the outputs in the notebooks")
+    parser.add_argument("--figures", action="store_true",
+                        help="only write the picture files from the stored outputs")
     args = parser.parse_args()
+    if args.figures:
+        for path in notebooks():
+            export_figures(nbformat.read(path, as_version=4))
+        return 0
     bounds = tomllib.loads(BOUNDS.read_text()).get("result", [])
     rows, failures = [], []
     for path in [p.resolve() for p in args.paths] or notebooks():
