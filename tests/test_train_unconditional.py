@@ -59,7 +59,7 @@ def test_loss_is_learned_on_one_picture(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, sentence", [
-    (["--image_size=30"], "cannot be halved 2 times: choose a multiple of 4"),
+    (["--image_size=30"], "cannot be halved 3 times: choose a multiple of 8"),
     (["--widths", "48"], "each must be a positive multiple of 32"),
     (["--steps=0"], "must be at least 1"),
     (["--channels=2"], "invalid choice"),
