@@ -144,6 +144,7 @@ def write_index(rows):
     items = "\n".join(f'<li><a href="{path.parent.name}-{path.stem}.html">'
                       f"{path.parent.name}: {path.stem.replace('_', ' ')}</a>, {seconds:.0f} s</li>"
                       for path, seconds, *_ in rows)
+    BUILD.mkdir(exist_ok=True)
     (BUILD / "index.html").write_text(
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Diffusion models course'
         f"</title><h1>Diffusion models course</h1><ul>{items}</ul></html>\n", encoding="utf-8")
