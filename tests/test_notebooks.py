@@ -35,10 +35,12 @@ def exercises(notebook):
     cells = notebook.cells
     for i, cell in enumerate(cells):
         if has_tag(cell, "exercise"):
-            assert has_tag(cells[i + 1], "check"), "a check cell follows each exercise"
-            solution = re.search(r"```python\n(.*?)```", cells[i + 2].source, re.DOTALL)
-            assert "<details>" in cells[i + 2].source and solution
-            yield cell, cells[i + 1], solution.group(1)
+            following = next(c for c in cells[i + 1:] if c.cell_type == "code")
+            assert has_tag(following, "check"), "a check cell follows each exercise"
+            folded = cells[cells.index(following) + 1].source
+            solution = re.search(r"```python\n(.*?)```", folded, re.DOTALL)
+            assert "<details>" in folded and solution, "a folded solution follows each check"
+            yield cell, following, solution.group(1)
 
 
 @every_notebook
