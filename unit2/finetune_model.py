@@ -1,0 +1,68 @@
+"""Fine-tune an unconditional diffusion pipeline on new pictures and save it as a folder.
+
+Example: accelerate launch unit2/finetune_model.py --base google/ddpm-celebahq-256 \\
+    --source my_pictures --batch_size 4 --accumulation 4 --output my_model
+"""
+
+import sys
+from pathlib import Path
+
+from diffusers import DDPMPipeline, UNet2DModel
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "unit1")]
+import train_unconditional as training  # noqa: E402
+
+CARD = training.CARD.replace("trained on", "fine-tuned\nfrom `{base}` on")
+
+
+def parse_args(argv=None):
+    parser = training.training_parser(
+        __doc__.splitlines()[0], source="flowers", output="my-finetuned-model", steps=500,
+        learning_rate=1e-3, schedule="cosine", ema_decay=0.995)
+    parser.add_argument("--base", default=str(ROOT / "course_utils/pretrained/butterflies-32"),
+                        help="trained pipeline to start from: a folder or a Hub id")
+    parser.add_argument("--image_size", type=int,
+                        help="height and width in pixels; the base model's if not given")
+    args = parser.parse_args(argv)
+    training.check_training_arguments(parser, args)
+    return args
+
+
+def load_base(base, image_size):
+    """Model and scheduler of a DDPM pipeline, set to `image_size`, or one sentence."""
+    if not Path(base).exists() and Path(base).is_absolute():
+        sys.exit(f"The base model {base!r} does not exist: give a pipeline folder or a Hub id.")
+    try:
+        pipeline = DDPMPipeline.from_pretrained(base, use_safetensors=True)
+        model, scheduler = pipeline.unet, pipeline.scheduler
+        right_kind = isinstance(model, UNet2DModel) and hasattr(scheduler, "get_velocity")
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, ImportError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        sys.exit(f"Could not load {base!r} as an unconditional diffusion pipeline ({reason}): give "
+                 "a folder or Hub id that DDPMPipeline can load, with safetensors weights.")
+    config = model.config
+    channels = config.in_channels, config.out_channels
+    if not right_kind or channels not in ((1, 1), (3, 3)):
+        sys.exit(f"{base!r} is not an unconditional model of grey or RGB pictures but a "
+                 f"{type(model).__name__} with {channels[0]} channels in and {channels[1]} out: "
+                 "give a DDPM pipeline.")
+    size = image_size or config.sample_size
+    multiple = 2 ** (len(config.block_out_channels) - 1)
+    if size < multiple or size % multiple:
+        sys.exit(f"--image_size {size} does not fit the base model, which halves the picture "
+                 f"{len(config.block_out_channels) - 1} times: choose a multiple of {multiple}.")
+    model.register_to_config(sample_size=size)   # sample grids and pipeline use the given size
+    return model.float().train(), scheduler
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    model, scheduler = load_base(args.base, args.image_size)
+    accelerator, x0_all, unseen = training.prepare(
+        args, model.config.sample_size, model.config.in_channels)
+    training.run(args, accelerator, model, scheduler, x0_all, unseen, CARD)
+
+
+if __name__ == "__main__":
+    main()
