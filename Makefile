@@ -13,17 +13,27 @@ lab: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -m "not launch"
+	$(BIN)/python -m pytest
 
-# the tests with the lowest versions that requirements.txt allows, and with the newest
-test-lowest: INSTALL := --resolution lowest-direct
-test-lowest test-latest:
+# the tests with the lowest versions that requirements.txt allows and this Python has wheels of
+test-lowest: build/uv/bin/uv
 	$(PYTHON) -m venv --clear build/$@
-	build/$@/bin/python -m pip install --quiet uv
-	build/$@/bin/uv pip install --quiet --python build/$@/bin/python --only-binary :all: \
-		$(INSTALL) -r requirements.txt -r tests/requirements.txt
-	build/$@/bin/uv pip freeze --python build/$@/bin/python > build/$@.txt
-	build/$@/bin/python -m pytest -m "not launch"
+	build/uv/bin/uv pip compile --quiet --no-deps --only-binary :all: --resolution lowest \
+		--python build/$@/bin/python requirements.txt tests/requirements.txt \
+		--output-file build/$@.txt
+	build/uv/bin/uv pip install --quiet --python build/$@/bin/python -r build/$@.txt
+	build/$@/bin/python -m pytest
+
+# the tests with the newest versions
+test-latest: build/uv/bin/uv
+	$(PYTHON) -m venv --clear build/$@
+	build/uv/bin/uv pip install --quiet --python build/$@/bin/python \
+		-r requirements.txt -r tests/requirements.txt
+	build/$@/bin/python -m pytest
+
+build/uv/bin/uv:
+	$(PYTHON) -m venv build/uv
+	build/uv/bin/python -m pip install --quiet uv
 
 # the notebooks' first cell for real: empty folder, bare and hosted Python; downloads gigabytes
 test-launch: $(VENV)/installed

@@ -60,7 +60,7 @@ def pip_install(wanted, pinned):
 def reason(text):
     """The last line of an error text that says something."""
     lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no reason given"]
-    errors = [line for line in lines if line.startswith("ERROR")]
+    errors = [line for line in lines if line.lower().startswith("error")]
     return (errors or lines)[-1]
 
 
