@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: course lab test bench figures store clean
+.PHONY: course lab test test-lowest test-latest test-launch bench figures store slug clean
 
 course: $(VENV)/installed
 	$(BIN)/python tests/run_notebooks.py
@@ -14,6 +14,34 @@ lab: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
+
+# the tests with the lowest versions that requirements.txt allows and this Python has wheels of
+test-lowest: build/uv/bin/uv
+	$(PYTHON) -m venv --clear build/$@
+	build/uv/bin/uv pip compile --quiet --no-deps --only-binary :all: --resolution lowest \
+		--python build/$@/bin/python requirements.txt tests/requirements.txt \
+		--output-file build/$@.txt
+	build/uv/bin/uv pip install --quiet --python build/$@/bin/python -r build/$@.txt
+	build/$@/bin/python -m pytest
+
+# the tests with the newest versions
+test-latest: build/uv/bin/uv
+	$(PYTHON) -m venv --clear build/$@
+	build/uv/bin/uv pip install --quiet --python build/$@/bin/python \
+		-r requirements.txt -r tests/requirements.txt
+	build/$@/bin/python -m pytest
+
+build/uv/bin/uv:
+	$(PYTHON) -m venv build/uv
+	build/uv/bin/python -m pip install --quiet uv
+
+# the notebooks' first cell for real: empty folder, bare and hosted Python; downloads gigabytes
+test-launch: $(VENV)/installed
+	$(BIN)/python -m pytest -m launch -rP --durations=0
+
+# write the repository's address anew everywhere: make slug REPO=owner/name
+slug: $(VENV)/installed
+	$(BIN)/python tests/slug.py "$(REPO)"
 
 # times and memory of the notebooks and helpers; a table, no verdict
 bench: $(VENV)/installed
