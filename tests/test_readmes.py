@@ -17,6 +17,8 @@ HANGUL, KANA, HAN = "가-힣", "ぁ-ゖァ-ヺー", "㐀-䶿一-鿿々"
 LANGUAGES = {"KR": ("한국어", HANGUL, HANGUL),
              "JA": ("日本語", KANA + HAN, KANA),
              "CN": ("简体中文", HAN, HAN)}
+# The names of the platforms stay as they are.
+NAMES = re.compile(r"\b(Colab|Kaggle|Gradient|Studio Lab|SageMaker)\b")
 # Share of the script among the letters of a block, without code, links and numbers. English prose
 # has 0; translated blocks full of names such as "Stable Diffusion" and "UNet" have stayed above
 # 0.5. Sentences that hide among translated ones are found by ENGLISH instead: five Latin words in
@@ -163,6 +165,7 @@ def texts(page):
 def left_in_english(page, script, own):
     """Blocks of a translated page that are not, or not wholly, in its language."""
     for text in texts(page):
+        text = NAMES.sub(" ", text)
         latin, native = len(re.findall("[A-Za-z]", text)), len(re.findall(f"[{script}]", text))
         if latin + native == 0:
             continue
