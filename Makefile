@@ -51,9 +51,10 @@ bench: $(VENV)/installed
 store: $(VENV)/installed
 	$(BIN)/python tests/run_notebooks.py --store
 
-# write the pictures that the pages use from the notebooks' stored outputs
+# write the pictures that the pages use, from the notebooks' stored outputs and from code
 figures: $(VENV)/installed
 	$(BIN)/python tests/run_notebooks.py --figures
+	$(BIN)/python tests/draw_figures.py
 
 $(VENV)/installed: requirements.txt tests/requirements.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)

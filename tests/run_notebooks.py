@@ -37,6 +37,16 @@ print(_resource.getrusage(_resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """
 
 
+# Jupyter's page template has too little contrast, and links that only their colour tells apart.
+STYLE = """<style>
+.jp-RenderedHTMLCommon p a, .jp-RenderedHTMLCommon li a { text-decoration: underline !important; }
+.jp-Cell .jp-InputPrompt, .jp-Cell .jp-OutputPrompt { color: #545454 !important;
+    opacity: 1 !important; }
+body { --jp-mirror-editor-comment-color: #2f6f6f; --jp-mirror-editor-keyword-color: #006800;
+       --jp-mirror-editor-operator-color: #7a1fa2; --jp-mirror-editor-number-color: #006800; }
+</style></head>"""
+
+
 def notebooks():
     return sorted(ROOT.glob("unit*/*.ipynb"))
 
@@ -111,6 +121,7 @@ def export_figures(notebook):
 
 def render(notebook, page):
     html, _ = HTMLExporter().from_notebook_node(notebook)
+    html = html.replace("</head>", STYLE, 1).replace("<html>", '<html lang="en">', 1)
     BUILD.mkdir(exist_ok=True)
     (BUILD / page).write_text(html, encoding="utf-8")
 

@@ -74,7 +74,8 @@ def test_anatomy(path):
         assert sum(has_tag(cell, tag) for cell in notebook.cells) == 1, tag
     assert has_tag(code_cells(notebook)[-1], "results")
     assert 2 <= len(list(exercises(notebook))) <= 4
-    assert all(len(cell.source.splitlines()) <= 30 for cell in code_cells(notebook))
+    assert all(len(cell.source.splitlines()) <= 30 for cell in code_cells(notebook)
+               if not has_tag(cell, "app"))      # a cell that writes a whole program
     assert "pip install" not in "".join(
         c.source for c in code_cells(notebook) if not has_tag(c, "launch"))
 
@@ -91,26 +92,49 @@ def test_launch_cell_is_the_same_everywhere():
     assert len({c.source for path in PATHS for c in read(path).cells if has_tag(c, "launch")}) == 1
 
 
+def pictures_of(cell):
+    return [o.data["image/png"] for o in cell.outputs if "image/png" in o.get("data", {})]
+
+
+def own_deprecations(cell):
+    """Deprecation warnings that a cell's own calls raised, not the inside of a library."""
+    text = "".join(o.text for o in cell.get("outputs", []) if o.get("name") == "stderr")
+    return [line for line in text.splitlines()
+            if re.search(r"(Deprecation|Future)Warning", line) and "site-packages" not in line]
+
+
 @pytest.mark.slow
 @every_notebook
-def test_short_run_with_stubs_then_with_solutions(path, tmp_path):
-    """Every cell runs; an untouched stub does not pass its check, the solution does.
+def test_short_run_with_every_cell_twice_with_stubs_then_with_solutions(path, tmp_path):
+    """Every cell runs, twice in a row with the same figures, and calls nothing deprecated; an
+    untouched stub does not pass its check, the solution does.
 
-    Both versions run in one kernel: behind each check stands a copy with the solution in place.
+    All in one kernel: behind each cell stands its copy, and behind each check a copy with the
+    solution in place. Cells tagged `timed` draw measured seconds, which differ.
     """
     notebook = read(path)
     insert_after(notebook, "config", SHORT_MODE)
-    pairs = []
-    for _, check, solution in list(exercises(notebook)):
-        solved = [nbformat.v4.new_code_cell(solution), nbformat.v4.new_code_cell(check.source)]
+    originals, found = code_cells(notebook), list(exercises(notebook))
+    solved = []
+    for _, check, solution in found:
+        again = [nbformat.v4.new_code_cell(solution), nbformat.v4.new_code_cell(check.source)]
         index = notebook.cells.index(check)
-        notebook.cells[index + 1:index + 1] = solved
-        pairs.append((check, solved[1]))
+        notebook.cells[index + 1:index + 1] = again
+        solved.append(again[1])
+    twins = []
+    for cell in originals:
+        twin = nbformat.v4.new_code_cell(cell.source)
+        notebook.cells.insert(notebook.cells.index(cell) + 1, twin)
+        twins.append(twin)
     (tmp_path / "course").symlink_to(path.parents[1])     # the launch cell looks there
     execute(notebook, tmp_path)
-    for check, solved in pairs:
+    for cell, twin in zip(originals, twins, strict=True):
+        assert own_deprecations(cell) == []
+        if not has_tag(cell, "timed"):
+            assert pictures_of(cell) == pictures_of(twin), cell.source
+    for (_, check, _), again in zip(found, solved, strict=True):
         lines = text_of(check).splitlines()
         assert lines and all("not attempted yet" in line for line in lines), text_of(check)
-        lines = text_of(solved).splitlines()
-        assert lines and all(line.startswith("✓") for line in lines), text_of(solved)
+        lines = text_of(again).splitlines()
+        assert lines and all(line.startswith("✓") for line in lines), text_of(again)
     assert results_of(notebook)

@@ -1,0 +1,131 @@
+"""Butterflies guided by a colour and a sentence: a Gradio demo."""
+
+import os
+import re
+from pathlib import Path
+
+import gradio as gr
+import open_clip
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, DDPMPipeline
+from PIL import Image
+
+HERE = Path(__file__).resolve().parent
+BESIDE = HERE / "models"                        # in a Space the models lie beside this file
+MODELS = Path(os.environ.get("DEMO_MODELS") or (
+    BESIDE if BESIDE.exists() else HERE.parents[1] / "course_utils/pretrained"))
+CLIP = f"local-dir:{MODELS / 'clip-butterflies'}"
+PICTURES = 8
+LONGEST = 200                                   # characters of a prompt
+
+pipeline = DDPMPipeline.from_pretrained(MODELS / "butterflies-32", use_safetensors=True)
+unet = pipeline.unet.eval().requires_grad_(False)
+clip = open_clip.create_model(CLIP).eval().requires_grad_(False)
+tokenizer = open_clip.get_tokenizer(CLIP)
+
+
+def parse_colour(text):
+    """#rgb, #rrggbb, rgb(…) or rgba(…) as a tensor (3, 1, 1) in [-1, 1]."""
+    text = str(text or "").strip().lower()
+    short = re.fullmatch(r"#?([0-9a-f]{3}|[0-9a-f]{6})", text)
+    called = re.fullmatch(r"rgba?\(([^()]*)\)", text)
+    try:
+        if short:
+            digits = short[1] if len(short[1]) == 6 else "".join(2 * d for d in short[1])
+            values = [int(digits[i:i + 2], 16) for i in (0, 2, 4)]
+        else:
+            values = [float(part) for part in called[1].split(",")][:3]
+        if len(values) == 3 and all(0 <= value <= 255 for value in values):
+            return torch.tensor(values).view(3, 1, 1) / 127.5 - 1
+    except (TypeError, ValueError):
+        pass
+    raise gr.Error(f"{text[:40]!r} is not a colour: write #rrggbb or rgb(0, 128, 255).")
+
+
+def number(name, value, low, high):
+    """`value` as a float from low to high, or one sentence."""
+    try:
+        if low <= float(value) <= high:
+            return float(value)
+    except (TypeError, ValueError):
+        pass
+    shown = str(value)[:20]
+    raise gr.Error(f"{name} is {shown!r}: give a number from {low} to {high}.")
+
+
+def embed(text):
+    """Unit vector (1, D) of a sentence."""
+    text = str(text or "").strip()
+    if len(text) > LONGEST:
+        raise gr.Error(f"The prompt has {len(text)} characters: use at most {LONGEST}.")
+    with torch.no_grad():
+        return F.normalize(clip.encode_text(tokenizer([text])), dim=-1) if text else None
+
+
+def wing_mask(size):
+    """1 in two ellipses where the wings are, 0 elsewhere: (size, size)."""
+    line = torch.linspace(-1, 1, size)
+    y, x = torch.meshgrid(line, line, indexing="ij")
+    return ((((x.abs() - 0.4) / 0.3) ** 2 + ((y + 0.2) / 0.3) ** 2) < 1).float()
+
+
+def guidance_loss(x0_hat, colour, colour_scale, target, prompt_scale):
+    """Both losses, each times its scale, summed over the pictures."""
+    mask = wing_mask(x0_hat.shape[-1])
+    loss = colour_scale * ((x0_hat - colour).abs().mean(1) * mask).sum() / mask.sum()
+    if target is not None and prompt_scale:
+        vectors = F.normalize(clip.encode_image(x0_hat), dim=-1)
+        loss = loss + prompt_scale * (1 - (vectors * target).sum(1)).sum()
+    return loss
+
+
+def draw(colour, colour_scale, prompt, prompt_scale, steps, seed, progress=gr.Progress()):  # noqa: B008
+    """Eight guided pictures, from the same noise for the same seed."""
+    colour, target = parse_colour(colour), embed(prompt)
+    colour_scale = number("The colour scale", colour_scale, 0, 100)
+    prompt_scale = number("The prompt scale", prompt_scale, 0, 100)
+    steps = int(number("The number of steps", steps, 5, 50))
+    seed = int(number("The seed", seed, 0, 2**31 - 1))
+    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
+    scheduler.set_timesteps(steps)
+    size = unet.config.sample_size
+    x = torch.randn(PICTURES, 3, size, size, generator=torch.Generator().manual_seed(seed))
+    for t in progress.tqdm(scheduler.timesteps, desc="Drawing"):
+        a, x = scheduler.alphas_cumprod[t], x.detach().requires_grad_()
+        v = unet(x, t).sample
+        x0_hat = a.sqrt() * x - (1 - a).sqrt() * v
+        loss = guidance_loss(x0_hat, colour, colour_scale, target, prompt_scale)
+        gradient, = torch.autograd.grad(loss, x)
+        x = scheduler.step(v.detach(), t, x.detach()).prev_sample
+        x = x - (1 - a).sqrt() * gradient
+    pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(each).resize((256, 256), Image.Resampling.NEAREST) for each in pixels]
+
+
+def build_demo():
+    """The page: controls on the left, pictures on the right."""
+    with gr.Blocks(title="Guided butterflies", analytics_enabled=False) as demo:
+        gr.Markdown("# Guided butterflies\nA small diffusion model draws; a colour and a sentence "
+                    "steer it. A scale of 0 switches its guidance off.")
+        with gr.Row():
+            with gr.Column(scale=1):
+                colour = gr.ColorPicker(value="#3258d7", label="Colour of the wings")
+                colour_scale = gr.Slider(0, 100, 30, step=1, label="Colour scale")
+                prompt = gr.Textbox(label="Prompt", placeholder="a red butterfly with spots")
+                prompt_scale = gr.Slider(0, 100, 0, step=1, label="Prompt scale")
+                steps = gr.Slider(5, 50, 20, step=1, label="Steps")
+                seed = gr.Number(0, label="Seed", precision=0)
+                button = gr.Button("Draw", variant="primary")
+            with gr.Column(scale=2):
+                gallery = gr.Gallery(label="Pictures", columns=4, format="png")
+        controls = [colour, colour_scale, prompt, prompt_scale, steps, seed]
+        button.click(draw, controls, gallery, api_name="draw", preprocess=False)  # own checks
+        gr.Examples([["#3258d7", 30, "", 0, 20, 0],
+                     ["#f5dc3c", 0, "a yellow butterfly with spots", 20, 20, 1],
+                     ["#8a3fb0", 15, "a butterfly on a mint background", 10, 20, 2]], controls)
+    return demo
+
+
+if __name__ == "__main__":
+    build_demo().queue(max_size=20).launch(show_error=True)
