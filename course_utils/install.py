@@ -46,6 +46,13 @@ def unmet(lines, versions):
     return found
 
 
+def in_use(names):
+    """Those of the installed packages `names` of which something is imported already."""
+    imported = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
+    return [name for name in names
+            if any(str(file.locate()) in imported for file in metadata.files(name) or ())]
+
+
 def pip_install(wanted, pinned):
     """Install `wanted` and leave the packages in `pinned`, a dict of versions, as they are."""
     with tempfile.TemporaryDirectory() as folder:
@@ -84,9 +91,7 @@ def install_missing(in_clone=False):
     print(f"Installing {names}; this can take some minutes.")
     to_install = {canonicalize_name(r.name) for r in wanted}
     pinned = {n: v for n, v in versions.items() if n not in to_install}
-    loaded = {canonicalize_name(package)
-              for module, packages in metadata.packages_distributions().items()
-              if module in sys.modules for package in packages}
+    loaded = in_use(r.name for r in wanted if canonicalize_name(r.name) in versions)
     done = pip_install(wanted, pinned)
     if "ResolutionImpossible" in done.stderr:
         done = pip_install(wanted, {n: v for n, v in pinned.items() if n in KEEP})
@@ -94,6 +99,6 @@ def install_missing(in_clone=False):
         raise RuntimeError(f"Could not install {names}: {AGAIN} (pip said: "
                            f"{reason(done.stderr)}).")
     importlib.invalidate_caches()
-    if to_install & loaded:
-        print(f"Replaced while in use: {', '.join(sorted(to_install & loaded))}. "
+    if loaded:
+        print(f"Replaced while in use: {', '.join(loaded)}. "
               "Restart the kernel once and run from the top.")
