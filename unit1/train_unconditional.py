@@ -275,6 +275,8 @@ def train(args, accelerator, model, scheduler, ema, x0_all):
                     disable=not accelerator.is_main_process)
     losses = []
     while at["step"] < args.steps:
+        if at["batch"] == len(loader):
+            at["epoch"], at["batch"] = at["epoch"] + 1, 0
         batches = accelerator.skip_first_batches(loader, at["batch"])
         batches.set_epoch(at["epoch"])           # the order of the pictures depends on it
         for (x0,) in batches:
@@ -311,8 +313,6 @@ def train(args, accelerator, model, scheduler, ema, x0_all):
                 save_checkpoint(args, accelerator, ema, at)
             if last:
                 break
-        else:
-            at["epoch"], at["batch"] = at["epoch"] + 1, 0
     progress.close()
     log.close()
 
