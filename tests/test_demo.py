@@ -188,7 +188,7 @@ def test_in_a_browser(server):
         browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1200, "height": 900})
         page.goto(server[0])
-        page.get_by_label("Colour of the wings").first.click()
+        page.locator(".block", has_text="Colour of the wings").locator("button").first.click()
         page.locator("input[type=text]").first.fill("#2846d0")
         page.keyboard.press("Enter")
         page.get_by_role("heading", name="Guided butterflies").click()   # closes the picker
