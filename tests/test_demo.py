@@ -26,10 +26,11 @@ GOOD = {"colour": "#3258d7", "colour_scale": 10, "prompt": "", "prompt_scale": 0
 
 def test_the_notebook_writes_this_file():
     notebook = nbformat.read(ROOT / "unit2" / "01_finetuning_and_guidance.ipynb", as_version=4)
-    cell, = (cell.source for cell in notebook.cells if has_tag(cell, "app"))
-    first, rest = cell.split("\n", 1)
-    assert first == "%%writefile demo/app.py"
-    assert (DEMO / "app.py").read_text(encoding="utf-8") == rest + "\n"
+    first, *others = (cell.source.split("\n", 1) for cell in notebook.cells if has_tag(cell, "app"))
+    assert first[0] == "%%writefile demo/app.py"
+    assert {magic for magic, _ in others} == {"%%writefile -a demo/app.py"}
+    written = "".join(part + "\n" for _, part in (first, *others))
+    assert (DEMO / "app.py").read_text(encoding="utf-8") == written
 
 
 def test_the_space_is_complete():

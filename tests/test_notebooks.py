@@ -74,8 +74,7 @@ def test_anatomy(path):
         assert sum(has_tag(cell, tag) for cell in notebook.cells) == 1, tag
     assert has_tag(code_cells(notebook)[-1], "results")
     assert 2 <= len(list(exercises(notebook))) <= 4
-    assert all(len(cell.source.splitlines()) <= 30 for cell in code_cells(notebook)
-               if not has_tag(cell, "app"))      # a cell that writes a whole program
+    assert all(len(cell.source.splitlines()) <= 30 for cell in code_cells(notebook))
     assert "pip install" not in "".join(
         c.source for c in code_cells(notebook) if not has_tag(c, "launch"))
 
