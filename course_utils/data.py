@@ -136,6 +136,21 @@ def load_images(source: str, split: str = "train", limit: int | None = None) -> 
     return dataset.select(range(min(limit or len(dataset), len(dataset))))
 
 
+def load_train_test(source: str, limit: int | None = None
+                    ) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Load pictures to learn from and others to measure with, at most `limit` each.
+
+    The others are the source's "test" split, or a third of the pictures where it has none.
+    Raises what `load_images` raises.
+    """
+    train = load_images(source, "train", limit)
+    try:
+        return train, load_images(source, "test", limit)
+    except (ValueError, ConnectionError):       # there is no test split
+        parts = train.train_test_split(1 / 3, seed=0)
+        return parts["train"], parts["test"]
+
+
 def _convert(image, channels):
     """Turn a picture of any mode the right way up and into 8-bit grey or RGB."""
     image = ImageOps.exif_transpose(image)

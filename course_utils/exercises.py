@@ -32,7 +32,7 @@ def check(what: str, answer: Any, expected: Any, tolerance: float = 1e-4) -> Non
         if in_range:
             good = bool(expected[0] <= answer <= expected[1])
         else:
-            a, b = torch.as_tensor(answer), torch.as_tensor(expected)
+            a, b = torch.as_tensor(answer).cpu(), torch.as_tensor(expected).cpu()
             good = a.shape == b.shape and torch.allclose(
                 a.double(), b.double(), rtol=tolerance, atol=tolerance)
     except (TypeError, ValueError, RuntimeError):

@@ -55,6 +55,13 @@ def has_tag(cell, tag):
     return tag in cell.metadata.get("tags", [])
 
 
+def source_with(text, notebook):
+    """Source of the one code cell of `notebook` that contains `text`."""
+    found = [c.source for c in notebook.cells if c.cell_type == "code" and text in c.source]
+    assert len(found) == 1, text
+    return found[0]
+
+
 def insert_after(notebook, tag, source):
     """Add a code cell behind the one tagged `tag`."""
     index = next(i for i, cell in enumerate(notebook.cells) if has_tag(cell, tag))

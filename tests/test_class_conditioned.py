@@ -4,11 +4,8 @@ import ast
 import json
 from pathlib import Path
 
-import datasets
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from course_utils.data import load_images
 
@@ -189,17 +186,6 @@ def test_labelled_tensors_keeps_pictures_and_labels_together(nb):
     digits = load_images("digits", limit=5)
     images, labels = nb["labelled_tensors"](digits, 16)
     assert images.shape == (5, 1, 16, 16) and labels.tolist() == digits["label"]
-
-
-def test_a_source_without_test_split_is_divided_without_overlap(nb, tmp_path):
-    for i in range(12):
-        folder = tmp_path / "ab"[i % 2]
-        folder.mkdir(exist_ok=True)
-        Image.fromarray(np.full((8, 8), 20 * i, np.uint8)).save(folder / f"{i}.png")
-    ours, others = nb["load_halves"](str(tmp_path), None)
-    shades = [{picture.getpixel((0, 0)) for picture in part["image"]} for part in (ours, others)]
-    assert len(shades[0]) + len(shades[1]) == 12 and not shades[0] & shades[1]
-    assert isinstance(ours.features["label"], datasets.ClassLabel)
 
 
 def test_the_sampler_reaches_the_picture_of_a_perfect_model(nb, scheduler):

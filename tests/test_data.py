@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from course_utils.data import load_images, to_tensor
+from course_utils.data import load_images, load_train_test, to_tensor
 
 
 def picture(colour=(200, 30, 30), size=(20, 12), mode="RGB"):
@@ -132,6 +132,28 @@ def test_unknown_split_and_bad_limit(folder):
 def one(image):
     """A dataset of one picture, undisturbed by encoding."""
     return {"image": [image]}
+
+
+def test_a_source_without_test_split_is_divided_without_overlap(tmp_path):
+    for i in range(12):
+        folder = tmp_path / "ab"[i % 2]
+        folder.mkdir(exist_ok=True)
+        picture((20 * i, 0, 0)).save(folder / f"{i}.png")
+    parts = load_train_test(str(tmp_path))
+    reds = [{image.getpixel((0, 0))[0] for image in part["image"]} for part in parts]
+    assert [len(part) for part in reds] == [8, 4] and not reds[0] & reds[1]
+    assert all(isinstance(part.features["label"], datasets.ClassLabel) for part in parts)
+
+
+def test_a_test_split_is_kept_as_it_is():
+    train, test = load_train_test("digits", 30)
+    assert train["label"] == load_images("digits", limit=30)["label"]
+    assert test["label"] == load_images("digits", "test", 30)["label"] != train["label"]
+
+
+def test_an_unknown_source_is_not_taken_for_a_missing_split():
+    with pytest.raises(ValueError, match="Unknown source 'buterflies'"):
+        load_train_test("buterflies")
 
 
 def test_to_tensor_range_and_shape():

@@ -1,6 +1,7 @@
 """The formulas of unit2/01: each check in the notebook fails when its formula is broken."""
 
 import copy
+from functools import partial
 from types import SimpleNamespace
 
 import nbformat
@@ -8,17 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DModel
-from run_notebooks import ROOT
+from run_notebooks import ROOT, source_with
 from tqdm.auto import tqdm
 
 NOTEBOOK = nbformat.read(ROOT / "unit2" / "01_finetuning_and_guidance.ipynb", as_version=4)
-
-
-def cell(text):
-    """Source of the one code cell that contains `text`."""
-    found = [c.source for c in NOTEBOOK.cells if c.cell_type == "code" and text in c.source]
-    assert len(found) == 1, text
-    return found[0]
+cell = partial(source_with, notebook=NOTEBOOK)
 
 
 @pytest.fixture

@@ -1,21 +1,16 @@
 """The formulas of unit1/01: each check in the notebook fails when its formula is broken."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import nbformat
 import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
-from run_notebooks import ROOT
+from run_notebooks import ROOT, source_with
 
 NOTEBOOK = nbformat.read(ROOT / "unit1" / "01_introduction_to_diffusers.ipynb", as_version=4)
-
-
-def cell(text):
-    """Source of the one code cell that contains `text`."""
-    found = [c.source for c in NOTEBOOK.cells if c.cell_type == "code" and text in c.source]
-    assert len(found) == 1, text
-    return found[0]
+cell = partial(source_with, notebook=NOTEBOOK)
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Fine-tune an unconditional diffusion pipeline on new pictures and save it as a folder.
 
-Example: accelerate launch unit2/finetune_model.py --base google/ddpm-celebahq-256 \\
+Example: accelerate launch unit2/finetune_model.py --base anton-l/ddpm-butterflies-128 \\
     --source my_pictures --batch_size 4 --accumulation 4 --output my_model
 """
 
