@@ -79,7 +79,7 @@ def execute(notebook, folder, on_cell=None, profile="quick"):
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     os.environ["COURSE_PROFILE"] = profile
-    client = NotebookClient(notebook, timeout=1800, kernel_name="python3",
+    client = NotebookClient(notebook, timeout=1800, kernel_name="python3", coalesce_streams=True,
                             resources={"metadata": {"path": str(folder)}}, on_cell_start=on_cell)
     client.execute()
     return notebook

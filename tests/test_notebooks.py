@@ -45,12 +45,14 @@ def exercises(notebook):
 
 @every_notebook
 def test_stored_outputs_are_fresh_and_clean(path):
-    """Executed in order from a fresh kernel, without errors, warnings or widgets, below 1 MB."""
+    """Executed in order from a fresh kernel, without errors, warnings or widgets, below 1 MB;
+    what a cell prints stands in one piece."""
     notebook = read(path)
     counts = [cell.execution_count for cell in code_cells(notebook)]
     assert counts == list(range(1, len(counts) + 1))
     assert path.stat().st_size <= 1_000_000
     for cell in code_cells(notebook):
+        assert sum(output.get("name") == "stdout" for output in cell.outputs) <= 1
         for output in cell.outputs:
             assert output.output_type != "error"
             assert output.get("name") != "stderr"
