@@ -84,7 +84,7 @@ def display_figure(drawn: Axes | Figure, alt: str) -> None:
     """Put a figure into the page with alternative text for readers who cannot see it."""
     figure = drawn if isinstance(drawn, Figure) else drawn.figure
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
+    figure.savefig(buffer, format="png", dpi=100, bbox_inches="tight", pad_inches=0.05)
     plt.close(figure)
     picture = Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE)
     buffer = io.BytesIO()
