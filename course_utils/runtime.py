@@ -45,6 +45,7 @@ def _pick_profile(device):
 def start(seed: int = 0) -> SimpleNamespace:
     """Seed every generator, choose profile and device, and print the choice in one line.
 
+    On a GPU, float32 keeps all its bits (no TF32), so that numbers compare on every device.
     Returns `profile` ("quick" or "full"), `device` (a torch.device) and `seed`. The environment
     variable COURSE_PROFILE overrides the choice. Raises ValueError when it is misspelt and
     ConnectionError when it asks for "full" and the Hub does not answer.
