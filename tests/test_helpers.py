@@ -102,6 +102,12 @@ def test_start_seeds_everything(no_gpu):
     assert draws[0] == draws[1]
 
 
+def test_start_keeps_all_bits_of_float32(no_gpu, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    runtime.start()
+    assert not torch.backends.cudnn.allow_tf32
+
+
 def test_misspelt_profile(no_gpu, monkeypatch):
     monkeypatch.setenv("COURSE_PROFILE", "quik")
     with pytest.raises(ValueError, match="'quik'.*'quick' or 'full'"):
