@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: course lab test test-lowest test-latest test-launch bench figures store slug clean
 
 course: $(VENV)/installed
-	$(BIN)/python tests/run_notebooks.py
+	$(BIN)/python tools/run_notebooks.py
 
 lab: $(VENV)/installed
 	$(BIN)/jupyter lab
@@ -16,24 +16,20 @@ test: $(VENV)/installed
 	$(BIN)/python -m pytest
 
 # the tests with the lowest versions that requirements.txt allows and this Python has wheels of
-test-lowest: build/uv/bin/uv
+test-lowest: $(BIN)/uv
 	$(PYTHON) -m venv --clear build/$@
-	build/uv/bin/uv pip compile --quiet --no-deps --only-binary :all: --resolution lowest \
+	$(BIN)/uv pip compile --quiet --no-deps --only-binary :all: --resolution lowest \
 		--python build/$@/bin/python requirements.txt tests/requirements.txt \
 		--output-file build/$@.txt
-	build/uv/bin/uv pip install --quiet --python build/$@/bin/python -r build/$@.txt
+	$(BIN)/uv pip install --quiet --python build/$@/bin/python -r build/$@.txt
 	build/$@/bin/python -m pytest
 
 # the tests with the newest versions
-test-latest: build/uv/bin/uv
+test-latest: $(BIN)/uv
 	$(PYTHON) -m venv --clear build/$@
-	build/uv/bin/uv pip install --quiet --python build/$@/bin/python \
+	$(BIN)/uv pip install --quiet --python build/$@/bin/python \
 		-r requirements.txt -r tests/requirements.txt
 	build/$@/bin/python -m pytest
-
-build/uv/bin/uv:
-	$(PYTHON) -m venv build/uv
-	build/uv/bin/python -m pip install --quiet uv
 
 # the notebooks' first cell for real: empty folder, bare and hosted Python; downloads gigabytes
 test-launch: $(VENV)/installed
@@ -41,26 +37,30 @@ test-launch: $(VENV)/installed
 
 # write the repository's address anew everywhere: make slug REPO=owner/name
 slug: $(VENV)/installed
-	$(BIN)/python tests/slug.py "$(REPO)"
+	$(BIN)/python tools/slug.py "$(REPO)"
 
 # times and memory of the notebooks and helpers; a table, no verdict
 bench: $(VENV)/installed
-	$(BIN)/python tests/bench.py
+	$(BIN)/python tools/bench.py
 
 # run the notebooks and keep their outputs in the repository
 store: $(VENV)/installed
-	$(BIN)/python tests/run_notebooks.py --store
+	$(BIN)/python tools/run_notebooks.py --store
 
 # write the pictures that the pages use, from the notebooks' stored outputs and from code
 figures: $(VENV)/installed
-	$(BIN)/python tests/run_notebooks.py --figures
-	$(BIN)/python tests/draw_figures.py
+	$(BIN)/python tools/run_notebooks.py --figures
+	$(BIN)/python tools/draw_figures.py
 
-$(VENV)/installed: requirements.txt tests/requirements.txt constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -r requirements.txt -r tests/requirements.txt \
-		-c constraints.txt
+$(VENV)/installed: requirements.txt tests/requirements.txt constraints.txt | $(BIN)/uv
+	$(BIN)/uv pip install --python $(BIN)/python \
+		-r requirements.txt -r tests/requirements.txt -c constraints.txt
 	touch $@
+
+# installs in a fraction of pip's time
+$(BIN)/uv:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv -c constraints.txt
 
 clean:
 	rm -rf $(VENV) build

@@ -3,8 +3,10 @@
 import os
 import platform
 import random
+import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
@@ -72,3 +74,13 @@ def choose(profile: str, **columns: tuple) -> SimpleNamespace:
     """Pick one column of a table of settings given as `name=(quick, full)`."""
     index = PROFILES.index(profile)
     return SimpleNamespace(**{name: values[index] for name, values in columns.items()})
+
+
+def timed(function: Callable, *args, **options) -> tuple:
+    """What `function` returns, and its seconds; waits until a GPU has finished."""
+    wait = torch.accelerator.synchronize if torch.accelerator.is_available() else lambda: None
+    wait()
+    started = time.perf_counter()
+    result = function(*args, **options)
+    wait()
+    return result, time.perf_counter() - started

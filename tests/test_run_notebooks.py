@@ -1,5 +1,8 @@
 """The runner behind `make course`: it must fail when a cell or a result does."""
 
+import re
+import sys
+
 import nbformat
 import pytest
 import run_notebooks
@@ -42,4 +45,15 @@ def test_exit_status(tmp_path, monkeypatch, capsys, source, status, sentence):
     assert run_notebooks.main() == status
     shown = capsys.readouterr()
     assert sentence in shown.out + shown.err
+    assert re.match(r"unit1/a: \d+ s\n", shown.out)          # no terminal: one line a notebook
     assert (tmp_path / "build" / "index.html").exists()
+
+
+@pytest.mark.slow
+def test_on_a_terminal_the_progress_is_one_line_rewritten(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "a.ipynb"
+    nbformat.write(notebook_with("print('loss: 0.15')"), path)
+    monkeypatch.setattr(run_notebooks, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    run_notebooks.run(path)
+    assert re.fullmatch(r"(\r\S+/a: cell \d/2, \d+ s){2}\n", capsys.readouterr().out)

@@ -11,9 +11,6 @@ import torch
 from diffusers import DDPMPipeline, DPMSolverMultistepScheduler
 from run_notebooks import ROOT, notebooks, run
 
-sys.path.insert(0, str(ROOT))
-from course_utils.metrics import PRETRAINED  # noqa: E402
-
 
 def import_seconds(statement):
     code = ("import time, torch, diffusers; started = time.perf_counter(); "
@@ -23,7 +20,7 @@ def import_seconds(statement):
 
 @torch.no_grad()
 def sampling_seconds(count=32, steps=20):
-    unet = DDPMPipeline.from_pretrained(PRETRAINED / "butterflies-32").unet
+    unet = DDPMPipeline.from_pretrained(ROOT / "course_utils/pretrained/butterflies-32").unet
     solver = DPMSolverMultistepScheduler(
         beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
     solver.set_timesteps(steps)

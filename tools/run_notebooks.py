@@ -14,7 +14,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
-from nbconvert import HTMLExporter
+from pages import page
 
 try:
     import tomllib
@@ -29,22 +29,12 @@ for _name, _value in vars(config).items():
     if _name.endswith("_steps"):
         setattr(config, _name, min(_value, 4))
     elif _name.endswith("_samples"):
-        setattr(config, _name, min(_value, 16))
+        setattr(config, _name, min(_value, 64))
 """
 PEAK_MEMORY = """
 import resource as _resource
 print(_resource.getrusage(_resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """
-
-
-# Jupyter's page template has too little contrast, and links that only their colour tells apart.
-STYLE = """<style>
-.jp-RenderedHTMLCommon p a, .jp-RenderedHTMLCommon li a { text-decoration: underline !important; }
-.jp-Cell .jp-InputPrompt, .jp-Cell .jp-OutputPrompt { color: #545454 !important;
-    opacity: 1 !important; }
-body { --jp-mirror-editor-comment-color: #2f6f6f; --jp-mirror-editor-keyword-color: #006800;
-       --jp-mirror-editor-operator-color: #7a1fa2; --jp-mirror-editor-number-color: #006800; }
-</style></head>"""
 
 
 def notebooks():
@@ -126,29 +116,31 @@ def export_figures(notebook):
             (ROOT / cell.metadata["figure"]).write_bytes(base64.b64decode(shown[0]["image/png"]))
 
 
-def render(notebook, page):
-    html, _ = HTMLExporter().from_notebook_node(notebook)
-    html = html.replace("</head>", STYLE, 1).replace("<html>", '<html lang="en">', 1)
+def render(notebook, name):
     BUILD.mkdir(exist_ok=True)
-    (BUILD / page).write_text(html, encoding="utf-8")
+    (BUILD / name).write_text(page(notebook), encoding="utf-8")
 
 
 def run(path, store=False):
     """Run one notebook; returns (seconds, peak GiB, results), or raises CellExecutionError."""
     notebook = nbformat.read(path, as_version=4)
-    total = len(notebook.cells)
     notebook.cells.append(nbformat.v4.new_code_cell(PEAK_MEMORY))
+    total = len(notebook.cells)
+    name = f"{path.parent.name}/{path.stem}"
+    terminal = sys.stdout.isatty()               # only there can a line be rewritten
     started = time.time()
 
     def report(cell, cell_index):
-        print(f"\r{path.parent.name}/{path.stem}: cell {cell_index + 1}/{total}, "
-              f"{time.time() - started:.0f} s", end="", flush=True)
+        print(f"\r{name}: cell {cell_index + 1}/{total}, {time.time() - started:.0f} s",
+              end="", flush=True)
 
+    if not terminal:
+        print(f"{name}: ", end="", flush=True)
     try:
-        execute(notebook, path.parent, on_cell=report)
+        execute(notebook, path.parent, on_cell=report if terminal else None)
     finally:
-        print()
-    seconds = time.time() - started
+        seconds = time.time() - started
+        print("" if terminal else f"{seconds:.0f} s", flush=True)
     peak = float(text_of(notebook.cells.pop()))
     clean(notebook)
     render(notebook, f"{path.parent.name}-{path.stem}.html")
