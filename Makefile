@@ -53,7 +53,7 @@ figures: $(VENV)/installed
 	$(BIN)/python tools/draw_figures.py
 
 $(VENV)/installed: requirements.txt tests/requirements.txt constraints.txt | $(BIN)/uv
-	$(BIN)/uv pip install --python $(BIN)/python \
+	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python \
 		-r requirements.txt -r tests/requirements.txt -c constraints.txt
 	touch $@
 

@@ -17,9 +17,9 @@ for _name, _value in vars(config).items():
         setattr(config, _name, {stand_ins!r}[_value])
 config.batch_size = 8
 if hasattr(config, "widths"):
-    config.widths = tuple(_width // 4 for _width in config.widths)
+    config.widths = tuple(max(32, _width // 4) for _width in config.widths)   # whole heads
 if hasattr(config, "pictures"):
-    config.pictures = 100
+    config.pictures = 256                                # 128 of them to measure with
 if hasattr(config, "call_counts"):
     config.call_counts = config.call_counts[:-1]      # without the 1,000 of DDPM
 if hasattr(config, "clip_weights"):
@@ -35,10 +35,10 @@ def write(folder, **splits):
 
 def pictures(kind):
     """Pictures that are not square, without labels, as in datasets with one split only."""
-    shown = [draw(kind, i, 80)["image"].crop((0, 5, 80, 70)) for i in range(120)]
+    shown = [draw(kind, i, 80)["image"].crop((0, 5, 80, 70)) for i in range(560)]
     features = datasets.Features({"image_alt": datasets.Value("string"),
                                   "image": datasets.Image()})
-    return datasets.Dataset.from_dict({"image_alt": ["…"] * 120, "image": shown}, features)
+    return datasets.Dataset.from_dict({"image_alt": ["…"] * 560, "image": shown}, features)
 
 
 @pytest.fixture(scope="module")

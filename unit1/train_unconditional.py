@@ -23,13 +23,15 @@ from huggingface_hub import create_repo, get_token, upload_folder
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from timm.optim import Muon
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from course_utils.data import load_images, to_tensor  # noqa: E402
-from course_utils.metrics import ClipFeatures, frechet_distance  # noqa: E402
-from course_utils.plotting import tile  # noqa: E402
+from course_utils.data import load_images, to_tensor
+from course_utils.metrics import FEWEST, measure
+from course_utils.plotting import tile
 
 CARD = """---
 library_name: diffusers
@@ -65,7 +67,9 @@ def training_parser(description, **defaults):
     add("--batch_size", type=int, default=16, help="pictures in a forward pass on each device")
     add("--accumulation", type=int, default=1,
         help="forward passes in an optimizer step: their gradients are averaged")
-    add("--learning_rate", type=float, default=2e-3, help="peak of AdamW's learning rate")
+    add("--optimizer", default="muon", choices=("muon", "adamw"), help="Muon: see unit 1")
+    add("--learning_rate", type=float, default=5e-3,
+        help="its peak; AdamW needs less than Muon: 2e-3 did well")
     add("--schedule", default="one_cycle", choices=("one_cycle", "cosine", "constant"),
         help="the learning rate over the run; the last two warm up over a tenth of the steps")
     add("--ema_decay", type=float, default=0.999, help="decay of the averaged weights, 0 to 1")
@@ -81,7 +85,8 @@ def training_parser(description, **defaults):
     add("--tracker", default="tensorboard",
         help="where Accelerate logs loss and learning rate: tensorboard, wandb, ... or none")
     add("--evaluate", type=int, default=0,
-        help="samples for the Fréchet distance to the source's test split, 0 for none")
+        help=f"samples for the Fréchet distance to the source's test split: {FEWEST} or more, "
+             "and twice as many unseen pictures; 0 for none")
     add("--push_to_hub", metavar="OWNER/NAME", help="repository of the Hub to upload the result to")
     add("--seed", type=int, default=0, help="random seed")
     parser.set_defaults(**defaults)
@@ -96,6 +101,9 @@ def check_training_arguments(parser, args):
         parser.error(f"--limit {args.limit} must be at least 1")
     if not (args.learning_rate > 0 and 0 <= args.ema_decay < 1):
         parser.error("--learning_rate must be above 0 and --ema_decay from 0 to below 1")
+    if args.evaluate and args.evaluate < FEWEST:
+        parser.error(f"--evaluate {args.evaluate}: fewer than {FEWEST} pictures cannot be told "
+                     f"from noise: give {FEWEST} or more, or 0 for no measurement")
     if args.push_to_hub and not get_token():
         parser.error("--push_to_hub needs a token: run `hf auth login` first")
 
@@ -110,6 +118,8 @@ def parse_args(argv=None):
     add("--layers", type=int, default=1, help="residual blocks of each UNet level")
     args = parser.parse_args(argv)
     check_training_arguments(parser, args)
+    if len(args.widths) < 2:
+        parser.error(f"--widths {args.widths}: give at least two levels, both have attention")
     halvings = 2 ** (len(args.widths) - 1)
     if args.image_size < halvings or args.image_size % halvings:
         parser.error(f"--image_size {args.image_size} cannot be halved {len(args.widths) - 1} "
@@ -121,15 +131,27 @@ def parse_args(argv=None):
 
 # ---- model, loss, sampling -------------------------------------------------------------------
 
-def build_model(args):
-    """A small UNet: attention only at the lowest resolution, where it is cheap."""
-    plain = len(args.widths) - 1
+def build_unet(image_size, widths, in_channels=3, out_channels=3, **options):
+    """A small UNet with attention at its two lowest resolutions."""
+    plain = len(widths) - 2
     return UNet2DModel(
-        sample_size=args.image_size, in_channels=args.channels, out_channels=args.channels,
-        block_out_channels=args.widths, layers_per_block=args.layers, attention_head_dim=32,
-        norm_num_groups=8,                       # one channel a group would erase its mean: colour
-        down_block_types=["DownBlock2D"] * plain + ["AttnDownBlock2D"],
-        up_block_types=["AttnUpBlock2D"] + ["UpBlock2D"] * plain)
+        sample_size=image_size,
+        in_channels=in_channels,
+        out_channels=out_channels,
+        block_out_channels=widths,
+        layers_per_block=1,
+        attention_head_dim=32,
+        norm_num_groups=8,
+        down_block_types=["DownBlock2D"] * plain + ["AttnDownBlock2D"] * 2,
+        up_block_types=["AttnUpBlock2D"] * 2 + ["UpBlock2D"] * plain,
+        **options,
+    )
+
+
+def build_model(args):
+    """The UNet that the options ask for."""
+    small = build_unet(args.image_size, args.widths, args.channels, args.channels)
+    return UNet2DModel.from_config(small.config, layers_per_block=args.layers)
 
 
 def make_scheduler():
@@ -142,9 +164,15 @@ def make_scheduler():
                          timestep_spacing="trailing")
 
 
-def diffusion_loss(model, scheduler, x0):
+def draw_timesteps(count, T, generator):
+    """Timesteps (count,) from 0 to T - 1, the noisy ones more often."""
+    share = torch.rand(count, generator=generator) ** (1 / 3)
+    return (share * T).long().clamp(max=T - 1)
+
+
+def batch_loss(model, scheduler, x0):
     """Mean squared error of what the scheduler's model predicts, at random timesteps."""
-    t = torch.randint(scheduler.config.num_train_timesteps, (len(x0),), device=x0.device)
+    t = draw_timesteps(len(x0), scheduler.config.num_train_timesteps, None).to(x0.device)
     eps = torch.randn_like(x0)
     target = {"epsilon": lambda: eps, "sample": lambda: x0,
               "v_prediction": lambda: scheduler.get_velocity(x0, eps, t)}
@@ -153,21 +181,24 @@ def diffusion_loss(model, scheduler, x0):
 
 
 @torch.no_grad()
-def sample(model, scheduler, count, seed=0, steps=25, batch_size=64):
-    """Draw pictures (count, C, H, W) in [-1, 1] with DPM-Solver++."""
+def sample(predict, noise, scheduler, steps, **options):
+    """From noise (B, C, H, W) to pictures in [-1, 1]; `predict(xt, t)` is the model's answer."""
+    scheduler.set_timesteps(steps)
+    xt = noise
+    for t in scheduler.timesteps:
+        xt = scheduler.step(predict(xt, t), t, xt, **options).prev_sample
+    return xt.clamp(-1, 1)
+
+
+def draw_pictures(model, scheduler, count, seed=0, steps=25):
+    """Pictures (count, C, H, W) in [-1, 1], drawn with DPM-Solver++, 64 at a time."""
     solver = DPMSolverMultistepScheduler.from_config(scheduler.config,
                                                      timestep_spacing="trailing")
     generator = torch.Generator().manual_seed(seed)
     shape = (model.config.in_channels, model.config.sample_size, model.config.sample_size)
-    batches = []
-    for start in range(0, count, batch_size):
-        x = torch.randn(min(batch_size, count - start), *shape, generator=generator)
-        x = x.to(model.device)
-        solver.set_timesteps(steps)
-        for t in solver.timesteps:
-            x = solver.step(model(x, t).sample, t, x).prev_sample
-        batches.append(x.clamp(-1, 1))
-    return torch.cat(batches)
+    noise = torch.randn(count, *shape, generator=generator).to(model.device)
+    return torch.cat([sample(lambda xt, t: model(xt, t).sample, part, solver, steps)
+                      for part in noise.split(64)])
 
 
 # ---- checkpoints -----------------------------------------------------------------------------
@@ -246,8 +277,8 @@ def make_schedule(args, optimizer, processes):
     """The learning rate over the run; Accelerate advances it once for every process."""
     total = args.steps * processes
     if args.schedule == "one_cycle":
-        return torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, args.learning_rate, total, pct_start=0.1)
+        return OneCycleLR(optimizer, args.learning_rate, total, pct_start=0.1,
+                          cycle_momentum=False)
     name = {"cosine": "cosine", "constant": "constant_with_warmup"}[args.schedule]
     return get_scheduler(name, optimizer, num_warmup_steps=total // 10,
                          num_training_steps=total)
@@ -258,17 +289,20 @@ def mirror_some(x0):
     return torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)
 
 
-def train(args, accelerator, model, scheduler, ema, x0_all):
+def run_training(args, accelerator, model, scheduler, ema, x0_all):
     """Run the training loop. Writes losses.csv, and sample grids and checkpoints at intervals."""
     loader = DataLoader(TensorDataset(x0_all), min(args.batch_size, len(x0_all)), shuffle=True,
                         drop_last=True, generator=torch.Generator().manual_seed(args.seed))
-    optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, betas=(0.9, 0.99))
+    if args.optimizer == "muon":
+        optimizer = Muon(model.named_parameters(), args.learning_rate)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, betas=(0.9, 0.99))
     schedule = make_schedule(args, optimizer, accelerator.num_processes)
     prepared, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
     at = {"step": 0, "epoch": 0, "batch": 0}
     if args.resume:
         at = load_checkpoint(args, accelerator, ema)
-    log = open_log(args.output, at["step"])
+    log = open_log(args.output if accelerator.is_main_process else None, at["step"])
     if args.compile:
         prepared = torch.compile(prepared)
     progress = tqdm(total=args.steps, initial=at["step"], desc="training",
@@ -283,7 +317,7 @@ def train(args, accelerator, model, scheduler, ema, x0_all):
             at["batch"] += 1
             with accelerator.accumulate(prepared):
                 with accelerator.autocast():
-                    loss = diffusion_loss(prepared, scheduler, mirror_some(x0) if args.flip else x0)
+                    loss = batch_loss(prepared, scheduler, mirror_some(x0) if args.flip else x0)
                 accelerator.backward(loss)       # divides by the number of accumulated passes
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(prepared.parameters(), 1.0)
@@ -318,7 +352,9 @@ def train(args, accelerator, model, scheduler, ema, x0_all):
 
 
 def open_log(output, step):
-    """losses.csv in `output`, cut back to `step`, to be continued."""
+    """losses.csv in `output`, cut back to `step`, to be continued; nowhere without `output`."""
+    if output is None:                           # not the main process
+        return open(os.devnull, "w")
     path = Path(output) / "losses.csv"
     lines = path.read_text().splitlines(keepends=True)[:step + 1] if step else ["step,loss\n"]
     path.write_text("".join(lines))
@@ -332,23 +368,17 @@ def save_grid(args, accelerator, model, scheduler, ema, step):
         ema.copy_to(model.parameters())
         folder = Path(args.output) / "samples"
         folder.mkdir(exist_ok=True)
-        Image.fromarray(tile(sample(model, scheduler, 32))).save(folder / f"step-{step:06d}.png")
+        pictures = tile(draw_pictures(model, scheduler, 32))
+        Image.fromarray(pictures).save(folder / f"step-{step:06d}.png")
         ema.restore(model.parameters())
 
 
-def measure(args, model, scheduler, real):
-    """Fréchet distance of samples to both halves of the unseen pictures, and between these."""
-    n = len(real) // 2
-    extractor = ClipFeatures()
-    generated = sample(model, scheduler, n).cpu()
-    to_first, to_second = (frechet_distance(half, generated, extractor)
-                           for half in real[:2 * n].split(n))
-    floor = frechet_distance(real[:n], real[n:2 * n], extractor)
-    mean = (to_first + to_second) / 2
-    return (f"Fréchet distance in the features of the course's small CLIP, {n:,} samples "
-            f"(DPM-Solver++, 25 steps, seed 0) against two sets of {n:,} unseen pictures: "
-            f"{to_first:.2f} and {to_second:.2f}, mean **{mean:.2f}**; the two sets against each "
-            f"other (the floor): **{floor:.2f}**; ratio {mean / floor:.2f}.")
+def quality_sentence(model, scheduler, unseen):
+    """What the ruler says about half as many samples as there are unseen pictures."""
+    n = len(unseen) // 2
+    measured = measure(draw_pictures(model, scheduler, n), unseen)
+    return (f"Fréchet distance in the course's fixed random features, {n:,} samples "
+            f"(DPM-Solver++, 25 steps, seed 0): {measured}.")
 
 
 # ---- the whole run ---------------------------------------------------------------------------
@@ -366,6 +396,9 @@ def prepare(args, image_size, channels):
         unseen = load_images(args.source, "test", 2 * args.evaluate) if args.evaluate else None
     except (ValueError, ConnectionError) as error:
         sys.exit(str(error))
+    if unseen and len(unseen) < 2 * FEWEST:
+        sys.exit(f"{args.source!r} has {len(unseen)} unseen pictures: --evaluate needs "
+                 f"{2 * FEWEST}; leave it out.")
     accumulation = GradientAccumulationPlugin(num_steps=args.accumulation,
                                               sync_with_dataloader=False)
     order = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed)
@@ -393,14 +426,14 @@ def run(args, accelerator, model, scheduler, x0_all, unseen, card=CARD):
     accelerator.init_trackers("logs", config=settings)
     model.to(accelerator.device)
     ema = EMAModel(model.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75)
-    train(args, accelerator, model, scheduler, ema, x0_all)
+    run_training(args, accelerator, model, scheduler, ema, x0_all)
     accelerator.end_training()
     if not accelerator.is_main_process:
         return
     ema.copy_to(model.parameters())
     if args.half:
         model.half().float()                     # measure the weights that are saved
-    quality = measure(args, model.eval(), scheduler, unseen) if args.evaluate else ""
+    quality = quality_sentence(model.eval(), scheduler, unseen) if args.evaluate else ""
     text = card.format(
         name=output.name, parameters=sum(p.numel() for p in model.parameters()), quality=quality,
         size=model.config.sample_size, source=args.source, base=getattr(args, "base", ""),

@@ -9,17 +9,17 @@ from pathlib import Path
 
 from diffusers import DDPMPipeline, UNet2DModel
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "unit1")]
-import train_unconditional as training  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit1"))
+import train_unconditional as training
 
+ROOT = Path(__file__).resolve().parents[1]
 CARD = training.CARD.replace("trained on", "fine-tuned\nfrom `{base}` on")
 
 
 def parse_args(argv=None):
     parser = training.training_parser(
         __doc__.splitlines()[0], source="flowers", output="my-finetuned-model", steps=500,
-        learning_rate=1e-3, schedule="cosine", ema_decay=0.995)
+        learning_rate=2e-3, schedule="cosine", ema_decay=0.995)
     parser.add_argument("--base", default=str(ROOT / "course_utils/pretrained/butterflies-32"),
                         help="trained pipeline to start from: a folder or a Hub id")
     parser.add_argument("--image_size", type=int,

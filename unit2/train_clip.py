@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from course_utils.data import load_images, to_tensor  # noqa: E402
-from course_utils.drawings import COLOURS, KINDS  # noqa: E402
+from course_utils.data import load_images, to_tensor
+from course_utils.drawings import COLOURS, KINDS
 
 CONFIG = {
     "model_cfg": {
