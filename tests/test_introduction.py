@@ -17,7 +17,8 @@ cell = partial(source_with, notebook=NOTEBOOK)
 def names():
     """What the cells under test expect to find, with small random pictures."""
     torch.manual_seed(0)
-    space = {"torch": torch, "DDPMScheduler": DDPMScheduler, "batch": torch.rand(8, 3, 8, 8) * 2 - 1}
+    batch = torch.rand(8, 3, 8, 8) * 2 - 1
+    space = {"torch": torch, "DDPMScheduler": DDPMScheduler, "batch": batch}
     exec(cell("def add_noise"), space)
     space |= {"x0": space["batch"], "t_strip": torch.linspace(0, 999, 8).long()}
     ddim = DDIMScheduler.from_config(space["scheduler"].config)
@@ -38,8 +39,8 @@ def names():
     ("def add_noise", "a.sqrt() * x0", "a * x0"),
     ("factor, variance =", "(1 - beta).sqrt() * factor", "(1 - beta) * factor"),
     ("factor, variance =", "(1 - beta) * variance + beta", "variance + beta"),
-    ("def get_target", "a.sqrt() * eps - (1 - a).sqrt() * x0", "a.sqrt() * eps + (1 - a).sqrt() * x0"),
-    ("def get_target", "a.sqrt() * eps - (1 - a).sqrt() * x0", "(1 - a).sqrt() * eps - a.sqrt() * x0"),
+    ("def get_target", "eps - (1 - a).sqrt() * x0", "eps + (1 - a).sqrt() * x0"),
+    ("def get_target", "a.sqrt() * eps - (1 - a).sqrt()", "(1 - a).sqrt() * eps - a.sqrt()"),
     ("def ddim_step", "(1 - a_next).sqrt() * eps_hat", "(1 - a).sqrt() * eps_hat"),
     ("def ddim_step", "+ a.sqrt() * v_hat", "- a.sqrt() * v_hat"),
     ("def ddim_step", ".clamp(-1, 1)", ""),

@@ -166,8 +166,7 @@ def make_scheduler():
 
 def draw_timesteps(count, T, generator):
     """Timesteps (count,) from 0 to T - 1, the noisy ones more often."""
-    share = torch.rand(count, generator=generator) ** (1 / 3)
-    return (share * T).long().clamp(max=T - 1)
+    return (torch.rand(count, generator=generator).sqrt() * T).long().clamp(max=T - 1)
 
 
 def batch_loss(model, scheduler, x0):
@@ -182,7 +181,7 @@ def batch_loss(model, scheduler, x0):
 
 @torch.no_grad()
 def sample(predict, noise, scheduler, steps, **options):
-    """From noise (B, C, H, W) to pictures in [-1, 1]; `predict(xt, t)` is the model's answer."""
+    """From noise (B, C, H, W) to pictures in [-1, 1]; predict(xt, t) is the model."""
     scheduler.set_timesteps(steps)
     xt = noise
     for t in scheduler.timesteps:
