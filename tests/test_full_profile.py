@@ -19,7 +19,7 @@ config.batch_size = 8
 if hasattr(config, "widths"):
     config.widths = tuple(max(32, _width // 4) for _width in config.widths)   # whole heads
 if hasattr(config, "pictures"):
-    config.pictures = 256                                # 128 of them to measure with
+    config.pictures = 520                                # a quarter of them can be measured
 if hasattr(config, "call_counts"):
     config.call_counts = config.call_counts[:-1]      # without the 1,000 of DDPM
 if hasattr(config, "clip_weights"):
