@@ -50,9 +50,11 @@ def show_images(images: torch.Tensor | Mapping[str, torch.Tensor], columns: int 
     return ax
 
 
-def plot_loss(losses: Sequence[float], label: str = "", levels: Mapping[str, float] | None = None,
-              ax: Axes | None = None) -> Axes:
+def plot_loss(losses: Sequence[float], expected: float | None = None, label: str = "",
+              levels: Mapping[str, float] | None = None, ax: Axes | None = None) -> Axes:
     """Draw a loss curve: each step faintly, a running mean boldly, `levels` as dashed lines."""
+    if expected is not None:
+        levels = {"expected at the end": expected} | dict(levels or {})
     if ax is None:
         ax = plt.subplots(figsize=(7, 3), layout="constrained")[1]
     window = max(1, len(losses) // 20)

@@ -1,4 +1,4 @@
-"""The functions of the class-conditioned notebook: conditions, training and guidance."""
+"""The functions of the class-conditioned notebook: conditions, guidance and bad input."""
 
 import ast
 import json
@@ -11,7 +11,7 @@ from course_utils.data import load_images
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "unit2" / "02_class_conditioned_diffusion_model_example.ipynb"
-CLASSES, SIZE, WIDTHS = 10, 16, (16, 32, 32)
+CLASSES, WIDTHS = 10, (16, 32, 32)
 WAYS = ("ClassConditionedUnet", "TimeEmbeddingUnet", "CrossAttentionUnet")
 
 
@@ -31,15 +31,15 @@ def nb():
 @pytest.fixture(scope="module")
 def models(nb):
     torch.manual_seed(0)
-    built = {way: nb[way](CLASSES, SIZE, WIDTHS) for way in WAYS}
-    built["pair"] = nb["CrossAttentionUnet"](CLASSES, SIZE, WIDTHS, length=2)
+    built = {way: nb[way](CLASSES, WIDTHS) for way in WAYS}
+    built["pair"] = nb["CrossAttentionUnet"](CLASSES, WIDTHS, length=2)
     return {name: model.eval().requires_grad_(False) for name, model in built.items()}
 
 
 @pytest.fixture(scope="module")
 def scheduler(nb):
     return nb["DDPMScheduler"](num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2",
-                               prediction_type="v_prediction", timestep_spacing="trailing")
+                               prediction_type="v_prediction")
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_tokens_are_a_sequence_with_one_vector_per_label(models):
 @pytest.mark.parametrize("way", WAYS)
 def test_the_answer_has_the_shape_of_the_picture_and_depends_on_the_label(models, xt, way):
     model = models[way]
-    answers = [model(xt[:1], torch.tensor(500), torch.tensor([k])) for k in (0, 1, CLASSES)]
+    answers = [model(xt[:1], torch.tensor(500), [label]) for label in (0, 1, CLASSES)]
     assert answers[0].shape == xt[:1].shape
     for i, j in ((0, 1), (0, 2), (1, 2)):
         assert (answers[i] - answers[j]).abs().max() > 1e-4
@@ -72,8 +72,8 @@ def test_the_answer_has_the_shape_of_the_picture_and_depends_on_the_label(models
 @pytest.mark.parametrize("way", WAYS)
 def test_each_picture_follows_its_own_label(models, xt, way):
     model, t = models[way], torch.tensor(500)
-    both = model(xt, t, torch.tensor([4, 7]))
-    torch.testing.assert_close(both[1:], model(xt[1:], t, torch.tensor([7])), atol=1e-5, rtol=1e-4)
+    both = model(xt, t, [4, 7])
+    torch.testing.assert_close(both[1:], model(xt[1:], t, [7]), atol=1e-5, rtol=1e-4)
 
 
 def test_only_positions_tell_a_pair_from_its_swap(nb, models):
@@ -86,10 +86,11 @@ def test_only_positions_tell_a_pair_from_its_swap(nb, models):
     torch.testing.assert_close(*(blind(wide, t, torch.tensor([o])) for o in ([2, 5], [5, 2])))
 
 
-def test_timesteps_reach_the_last_one_and_prefer_the_noisy_half(nb):
-    t = nb["draw_timesteps"](200_000, 1000, torch.Generator().manual_seed(0))
-    assert t.dtype == torch.int64 and t.min() >= 0 and t.max() == 999
-    assert (t >= 500).float().mean() > 0.6 and (t < 500).any()
+def test_timesteps_cover_the_whole_range_evenly(nb, scheduler):
+    t = nb["draw_timesteps"](200_000, scheduler, torch.Generator().manual_seed(0))
+    assert t.dtype == torch.int64 and (t.min(), t.max()) == (0, 999)
+    counts = t.bincount(minlength=1000)
+    assert len(counts) == 1000 and counts.min() > 120 and counts.max() < 290
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 1.0])
@@ -108,10 +109,9 @@ def test_a_pair_is_dropped_as_a_whole(nb):
     assert (dropped == CLASSES).float().mean().item() == pytest.approx(0.3, abs=0.02)
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.2])
-def test_training_hides_labels_at_the_stated_rate_and_averages_the_weights(nb, scheduler, rate):
+def test_training_shows_the_model_dropped_labels_and_remembers_it(nb, scheduler):
     class Recorder(torch.nn.Module):
-        classes = CLASSES
+        classes, drop_rate = CLASSES, 0.0
 
         def __init__(self):
             super().__init__()
@@ -124,32 +124,56 @@ def test_training_hides_labels_at_the_stated_rate_and_averages_the_weights(nb, s
 
     images, labels = torch.zeros(4, 1, 4, 4), torch.tensor([0, 1, 2, 3])
     model = Recorder()
-    loss_of = nb["conditioned_loss"](images, labels, scheduler, 200, rate)
-    average, losses = nb["train"](model, loss_of, 5, 1e-3)
-    assert len(losses) == 5 and len(model.seen) == 1000
-    assert model.seen.count(CLASSES) / 1000 == pytest.approx(rate, abs=0.05 if rate else 0)
-    assert set(model.seen) - {CLASSES} == {0, 1, 2, 3}
-    assert 0 < average.weight.abs() < model.weight.abs()
-
-
-def test_the_loss_of_a_perfect_model_is_zero(nb, scheduler):
-    class Perfect(torch.nn.Linear):
-        def forward(self, xt, t, x0):
-            a = scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
-            return (a.sqrt() * xt - x0) / (1 - a).sqrt()
-
-    images = torch.rand(8, 1, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    loss_of = nb["conditioned_loss"](images, images, scheduler, 16)
-    assert loss_of(Perfect(1, 1), torch.Generator().manual_seed(1)) < 1e-8
+    average, losses, _ = nb["train"](model, images, labels, scheduler, 5, 200, 1e-3, drop_rate=0.2)
+    share = model.seen.count(CLASSES) / len(model.seen)
+    assert len(losses) == 5 and share == pytest.approx(0.2, abs=0.05)
+    assert average.drop_rate == 0.2 and set(model.seen) == {0, 1, 2, 3, CLASSES}
+    model = Recorder()
+    average, *_ = nb["train"](model, images, labels, scheduler, 5, 20, 1e-3)
+    assert average.drop_rate == 0 and CLASSES not in model.seen
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_guidance_counts_from_no_class(nb, models, xt, way):
-    model, t, labels = models[way], torch.tensor(500), torch.tensor([1, 2])
-    label, no_class = model(xt, t, labels), model(xt, t, torch.tensor([CLASSES, CLASSES]))
+    model, t = models[way], torch.tensor(500)
+    model.drop_rate = 0.1
+    label, no_class = model(xt, t, [1, 2]), model(xt, t, [CLASSES, CLASSES])
     for scale, expected in ((0, no_class), (1, label), (3, 3 * label - 2 * no_class)):
-        torch.testing.assert_close(nb["guided"](model, xt, t, labels, CLASSES, scale), expected,
+        torch.testing.assert_close(nb["guided"](model, xt, t, [1, 2], scale), expected,
                                    atol=1e-5, rtol=1e-4)
+
+
+def test_guidance_needs_dropped_labels(nb, models, xt):
+    model = nb["copy"].copy(models["TimeEmbeddingUnet"])
+    model.drop_rate = 0.0
+    with pytest.raises(ValueError, match="trained without dropped labels"):
+        nb["guided"](model, xt, torch.tensor(500), [1, 2], 2)
+
+
+@pytest.mark.parametrize("labels, sentence", [
+    ([0, CLASSES + 1], "Label 11 is outside the classes 0 to 9"),
+    ([-1, 0], "Label -1 is outside the classes 0 to 9"),
+    ([0], r"shape \(1,\), but 2 pictures need \(2,\)"),
+    ([0, 1, 2], r"shape \(3,\), but 2 pictures need \(2,\)"),
+    ([[0, 1]], r"shape \(1, 2\), but 2 pictures need \(2,\)"),
+    (torch.zeros(2, 1, dtype=torch.long), "one label for each"),
+    (3, r"shape \(\), but 2 pictures"),
+    ([0.0, 1.0], "whole numbers"),
+    (torch.tensor([True, False]), "whole numbers"),
+    (["3", "7"], "whole numbers"),
+    ([[1], [2, 3]], "whole numbers"),
+    (None, "whole numbers"),
+])
+@pytest.mark.parametrize("way", WAYS)
+def test_wrong_labels_give_one_sentence(models, xt, way, labels, sentence):
+    with pytest.raises(ValueError, match=sentence) as caught:
+        models[way](xt, torch.tensor(500), labels)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 160
+
+
+def test_a_pair_model_wants_two_labels_for_each_picture(models, xt):
+    with pytest.raises(ValueError, match=r"shape \(2,\), but 2 pictures need \(2, 2\)"):
+        models["pair"](xt, torch.tensor(500), [1, 2])
 
 
 def test_data_without_labels_are_refused(nb):
@@ -165,25 +189,21 @@ def test_labelled_tensors_keeps_pictures_and_labels_together(nb):
 
 
 def test_the_sampler_reaches_the_picture_of_a_perfect_model(nb, scheduler):
-    x0 = nb["labelled_tensors"](load_images("digits", limit=4), SIZE)[0]
-    noise = nb["seeded_noise"](len(x0), x0.shape[1:], seed=0)
-    assert torch.equal(noise, nb["seeded_noise"](len(x0), x0.shape[1:], seed=0))
+    x0 = load_images_as_tensor(nb)
+    noise = nb["make_noise"](len(x0), x0.shape[1:], seed=0)
+    assert torch.equal(noise, nb["make_noise"](len(x0), x0.shape[1:], seed=0))
 
     def perfect(xt, t):
         a = scheduler.alphas_cumprod[t]
         return (a.sqrt() * xt - x0) / (1 - a).sqrt()
 
-    solver, heard = nb["DPMSolverMultistepScheduler"].from_config(scheduler.config), []
-    made = nb["sample"](nb["listen"](perfect, heard), noise, solver, 20)
-    torch.testing.assert_close(made, x0, atol=1e-3, rtol=0)
-    assert len(heard) == 20 and heard[0][0] == 999 and torch.equal(heard[0][1], noise)
-    assert torch.equal(made, nb["sample"](perfect, noise, solver, 20))
+    states = nb["sample"](perfect, noise, scheduler, 20)
+    assert len(states) == 21 and torch.equal(states[0], noise)
+    torch.testing.assert_close(states[-1], x0, atol=1e-3, rtol=0)
 
 
-def test_asking_hands_the_condition_to_the_model(nb):
-    predict = nb["ask_for"](lambda xt, t, condition: (xt, t, condition), torch.tensor([3, 7]))
-    xt = torch.zeros(2, 1, 4, 4)
-    assert predict(xt, 5)[:2] == (xt, 5) and predict(xt, 5)[2].tolist() == [3, 7]
+def load_images_as_tensor(nb):
+    return nb["labelled_tensors"](load_images("digits", limit=4), 16)[0]
 
 
 def test_pairs_hold_the_pictures_of_their_labels(nb):
@@ -197,7 +217,7 @@ def test_pairs_hold_the_pictures_of_their_labels(nb):
 
 def test_the_upscaler_depends_on_the_small_picture(nb):
     torch.manual_seed(0)
-    model = nb["UpscalingUnet"](SIZE, WIDTHS).eval()
+    model = nb["UpscalingUnet"](WIDTHS).eval()
     xt = torch.randn(1, 3, 16, 16)
     with torch.no_grad():
         dark, light = (model(xt, torch.tensor(500), torch.full((1, 3, 4, 4), shade))
@@ -206,21 +226,14 @@ def test_the_upscaler_depends_on_the_small_picture(nb):
     assert nb["enlarge"](torch.zeros(1, 3, 4, 4), (16, 16)).shape == (1, 3, 16, 16)
 
 
-def test_the_judge_is_asked_about_all_pictures_in_parts(nb):
-    sizes = []
+def test_match_rate_and_variety_measure_what_they_say(nb):
+    class Judge:
+        def probabilities(self, pictures):
+            return torch.nn.functional.one_hot(pictures[:, 0, 0, 0].long(), 3).float()
 
-    def judge(pictures):
-        sizes.append(len(pictures))
-        return torch.nn.functional.one_hot(pictures[:, 0, 0, 0].long(), 3).float()
-
-    classes = torch.arange(2500) % 3
-    assert torch.equal(nb["seen_by"](judge, classes.float().view(-1, 1, 1, 1)), classes)
-    assert sizes == [1000, 1000, 500]
-
-
-def test_variety_is_the_deviation_within_a_class(nb):
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(4).repeat(1000)
-    pictures = 0.3 * torch.randn(4000, 1, 2, 2, generator=generator) + labels.view(-1, 1, 1, 1)
-    assert nb["variety"](pictures, labels).item() == pytest.approx(0.3, abs=0.01)
-    assert nb["variety"](labels.float().view(-1, 1, 1, 1), labels).item() == 0
+    pictures = torch.tensor([0.0, 1, 2, 0]).view(4, 1, 1, 1)
+    assert nb["match_rate"](Judge(), pictures, torch.tensor([0, 1, 1, 2])) == 0.5
+    labels = torch.tensor([0, 0, 1, 1])
+    spread = torch.tensor([-1.0, 1, -1, 1]).view(4, 1, 1, 1)
+    assert nb["variety"](spread, labels).item() == pytest.approx(1)
+    assert nb["variety"](spread.abs(), labels).item() == 0

@@ -1,4 +1,4 @@
-"""Unit 1, notebook 2: an assertion fails when its formula is broken."""
+"""Unit 1, notebook 2: an assertion fails when its formula is broken; bad input gets a sentence."""
 
 import ast
 import contextlib
@@ -57,7 +57,7 @@ MUTATIONS = {
     "a share of the way that never grows": (
         "move_part_way", "move", "/ (steps - i)", "/ steps"),
     "loop counter told for the noise level": (
-        "move_part_way", "move", "torch.tensor(amount_left * T)", "torch.tensor(i)"),
+        "move_part_way", "move", "amount_left * T", "float(i)"),
     "corruption that adds instead of mixing": (
         "move_part_way", "corrupt", "(1 - amount) * x0", "x0"),
     "variance in the place of the deviation": (
@@ -96,7 +96,7 @@ MUTATIONS = {
     "variance in the place of sigma": (
         "samplers", "ode", "sigmas = ((1 - bars) / bars).sqrt()", "sigmas = (1 - bars) / bars"),
     "Heun with the sum of both slopes": (
-        "samplers", "ode", "(xt, t_next)[1]) / 2", "(xt, t_next)[1])"),
+        "samplers", "ode", "(xt_next, t_next)[1]) / 2", "(xt_next, t_next)[1])"),
     "eps_hat without the root": (
         "samplers", "samplers", "(xt - a.sqrt() * x0_hat) / (1 - a).sqrt()",
         "(xt - a.sqrt() * x0_hat) / (1 - a)"),
@@ -128,32 +128,79 @@ def test_every_guard_is_mutated():
     assert {f"guards:{guard}" for guard, *_ in MUTATIONS.values()} == set(GUARDS)
 
 
-def test_times_run_from_the_last_timestep_to_clean(defined):
+PICTURES = torch.zeros(4, 1, 16, 16)
+LABELS = torch.zeros(4, dtype=torch.int64)
+BAD_PICTURES = {
+    "three axes": (PICTURES[0], LABELS, "N×1×H×W"),
+    "three channels": (PICTURES.expand(4, 3, 16, 16), LABELS, "N×1×H×W"),
+    "bytes": (PICTURES.byte(), LABELS, "N×1×H×W"),
+    "0 to 255": (PICTURES + 255, LABELS, r"scale to \[-1, 1\]"),
+    "not a number": (PICTURES * float("nan"), LABELS, r"scale to \[-1, 1\]"),
+    "too few labels": (PICTURES, LABELS[:3], "need 4 int64"),
+    "labels with two axes": (PICTURES, LABELS[:, None], "need 4 int64"),
+    "labels that are floats": (PICTURES, LABELS.float(), "need 4 int64"),
+    "a label of 10": (PICTURES, LABELS + 10, "0 … 9"),
+    "a label of -1": (PICTURES, LABELS - 1, "0 … 9"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PICTURES)
+def test_bad_pictures_and_labels_get_one_sentence(defined, name):
+    images, labels, sentence = BAD_PICTURES[name]
+    with pytest.raises(ValueError, match=sentence) as error:
+        defined["check_pictures"](images, labels, 10)
+    assert "\n" not in str(error.value)
+
+
+def test_good_pictures_pass(defined):
+    defined["check_pictures"](PICTURES - 1, LABELS + 9, 10)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001])
+def test_samplers_refuse_impossible_step_counts(defined, steps):
     bars = defined["alpha_bars"](defined["cosine_betas"](1000))
+    calls = {
+        "sample_states": lambda: next(defined["sample_states"](None, PICTURES, bars, steps)),
+        "edm_times": lambda: defined["edm_times"](bars, steps),
+        "move_part_way": lambda: next(defined["move_part_way"](None, PICTURES, steps)),
+        "flow_states": lambda: next(defined["flow_states"](None, PICTURES, steps)),
+    }
+    for call in calls.values():
+        with pytest.raises(ValueError, match=f"Asked for {steps} steps: choose 1 … 1000"):
+            call()
+
+
+def test_samplers_accept_one_and_all_steps(defined):
     assert defined["even_times"](1000, 1) == [999, -1]
     assert defined["even_times"](1000, 1000) == list(range(999, -2, -1))
-    for steps in (1, 3, 50):
-        times = defined["edm_times"](bars, steps)
-        assert times == sorted(times, reverse=True) and times[-1] == -1
-        assert len(times) == steps + 1
+    bars = defined["alpha_bars"](defined["cosine_betas"](1000))
+    assert len(defined["edm_times"](bars, 1)) == 2
 
 
-@pytest.mark.parametrize("draw", ["even_timesteps", "draw_timesteps"])
-def test_training_meets_every_timestep_that_sampling_starts_from(defined, draw):
-    t = defined[draw](100_000, 1000, torch.Generator().manual_seed(0))
-    assert t.shape == (100_000,) and t.dtype == torch.int64
-    assert t.min() >= 0 and t.max() == 999
+def test_unknown_objective_names_the_known_ones(defined):
+    bars = defined["alpha_bars"](defined["cosine_betas"](10))
+    a = bars[5]
+    calls = (lambda: defined["target_of"]("noise", PICTURES, PICTURES, a),
+             lambda: defined["both_guesses"]("noise", PICTURES, PICTURES, a),
+             lambda: defined["gaussian_batch"]("noise", bars),
+             lambda: defined["make_predictor"](None, "noise", bars))
+    for call in calls:
+        with pytest.raises(ValueError, match="Unknown objective 'noise': choose .*'epsilon'"):
+            call()
 
 
-def test_flow_matching_trains_up_to_pure_noise(defined):
-    x0 = torch.zeros(10_000, 1, 1, 1)
-    xs, t, velocity = defined["flow_batch"](x0, torch.Generator().manual_seed(0))
-    assert t.max() == 1000 and t.min() > 0
-    torch.testing.assert_close(xs, velocity * t.view(-1, 1, 1, 1) / 1000)
-
-
-def test_listening_changes_nothing(defined):
-    heard = []
-    answer = defined["listen"](lambda xt, t: xt + t, heard)(torch.ones(2), 3)
-    assert answer.tolist() == [4, 4]
-    assert [(t, xt.tolist(), out.tolist()) for t, xt, out in heard] == [(3, [1, 1], [4, 4])]
+def test_noise_and_amounts_of_the_wrong_shape_or_range(defined):
+    bars = defined["alpha_bars"](defined["cosine_betas"](1000))
+    add_noise, corrupt = defined["add_noise"], defined["corrupt"]
+    with pytest.raises(ValueError, match="pictures' shape"):
+        add_noise(PICTURES, LABELS, PICTURES[:, :, :8], bars)
+    with pytest.raises(ValueError, match="each picture one t"):
+        add_noise(PICTURES, LABELS[:1], PICTURES, bars)
+    for t in (LABELS - 1, LABELS + 1000):
+        with pytest.raises(ValueError, match="from 0 to 999"):
+            add_noise(PICTURES, t, PICTURES, bars)
+    for amount in (torch.tensor(0.5), torch.full((4,), 1.5), torch.full((4,), -0.1)):
+        with pytest.raises(ValueError, match="from 0 to 1 for each picture"):
+            corrupt(PICTURES, amount, torch.Generator())
+    with pytest.raises(ValueError, match="multiples of 4"):
+        defined["MinimalUNet"]()(torch.zeros(1, 1, 18, 18))

@@ -29,7 +29,8 @@ for _name, _value in vars(config).items():
     if _name.endswith("_steps"):
         setattr(config, _name, min(_value, 4))
     elif _name.endswith("_samples"):
-        setattr(config, _name, min(_value, 64))
+        _least = 64 if _name in ("eval_samples", "table_samples") else 16
+        setattr(config, _name, min(_value, _least))
 """
 PEAK_MEMORY = """
 import resource as _resource
