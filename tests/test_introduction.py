@@ -17,10 +17,10 @@ cell = partial(source_with, notebook=NOTEBOOK)
 def names():
     """What the cells under test expect to find, with small random pictures."""
     torch.manual_seed(0)
-    batch = torch.rand(8, 3, 8, 8) * 2 - 1
-    space = {"torch": torch, "DDPMScheduler": DDPMScheduler, "batch": batch}
+    space = {"torch": torch, "DDPMScheduler": DDPMScheduler, "F": torch.nn.functional,
+             "train_images": torch.rand(8, 3, 8, 8) * 2 - 1}
     exec(cell("def add_noise"), space)
-    space |= {"x0": space["batch"], "t_strip": torch.linspace(0, 999, 8).long()}
+    space["t_strip"] = torch.linspace(0, 999, 8).long()
     ddim = DDIMScheduler.from_config(space["scheduler"].config)
     exec(cell("def sample"), space)
     space["heard"] = []
@@ -87,7 +87,7 @@ def test_sharing_needs_a_token_and_uploads_pipeline_and_card(monkeypatch, capsys
     monkeypatch.setattr(
         huggingface_hub.ModelCard, "push_to_hub",
         lambda self, repository: pushed.append((self.data.library_name, repository)))
-    config = SimpleNamespace(image_size=32, source="butterflies", train_steps=5)
+    config = SimpleNamespace(image_size=32, source="butterflies", train_steps=5, solver_steps=20)
     exec(cell("push_to_hub(repository)"), {"my_pipeline": Pipeline(), "config": config,
                                            "quality": {"your model": "3.0"}})
     assert printed in capsys.readouterr().out

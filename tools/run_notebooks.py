@@ -25,23 +25,13 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build"
 BOUNDS = ROOT / "tests" / "expected_results.toml"
 SHORT_MODE = """
-_least = 64 if hasattr(config, "table_samples") else 16     # what the ruler needs
 for _name, _value in vars(config).items():
     if _name.endswith("_steps"):
         setattr(config, _name, min(_value, 4))
     elif _name.endswith("_samples"):
-        setattr(config, _name, min(_value, _least))
-if hasattr(config, "table_samples"):             # 1.1 writes its sampling steps beside its samplers
-    import diffusers as _diffusers
-
-    def _short(set_timesteps):
-        return lambda self, steps=None, *rest, **options: set_timesteps(
-            self, steps and min(steps, 4), *rest, **options)
-
+        setattr(config, _name, min(_value, 64))
+if hasattr(config, "pictures"):
     config.pictures = min(config.pictures or 520, 520)      # a quarter of them can be measured
-    for _name in ("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler"):
-        _kind = getattr(_diffusers, _name)
-        _kind.set_timesteps = _short(_kind.set_timesteps)
 """
 PEAK_MEMORY = """
 import resource as _resource

@@ -1,4 +1,9 @@
-"""Butterflies guided by a colour and a sentence: a Gradio demo."""
+"""Butterflies guided by a colour and a sentence: a Gradio demo for the public.
+
+The guidance is that of the notebook; what is added holds out against requests that no control of
+the page sends: numbers out of range, text where a number or colour is expected, endless prompts,
+crowds (a queue of 20), errors that tell too much (one sentence, no traceback) and paths.
+"""
 
 import os
 import re
@@ -18,6 +23,7 @@ MODELS = Path(os.environ.get("DEMO_MODELS") or (
 CLIP = f"local-dir:{MODELS / 'clip-butterflies'}"
 PICTURES = 8
 LONGEST = 200                                   # characters of a prompt
+MOST = 500                                      # the largest scale of guidance
 
 pipeline = DDPMPipeline.from_pretrained(MODELS / "butterflies-32", use_safetensors=True)
 unet = pipeline.unet.eval().requires_grad_(False)
@@ -64,10 +70,10 @@ def embed(text):
 
 
 def wing_mask(size):
-    """1 in two ellipses where the wings are, 0 elsewhere: (size, size)."""
+    """1 in two discs left and right of the middle, 0 elsewhere: (size, size)."""
     line = torch.linspace(-1, 1, size)
     y, x = torch.meshgrid(line, line, indexing="ij")
-    return ((((x.abs() - 0.4) / 0.3) ** 2 + ((y + 0.2) / 0.3) ** 2) < 1).float()
+    return ((x.abs() - 0.4) ** 2 + (y + 0.2) ** 2 < 0.2**2).float()
 
 
 def guidance_loss(x0_hat, colour, colour_scale, target, prompt_scale):
@@ -80,11 +86,14 @@ def guidance_loss(x0_hat, colour, colour_scale, target, prompt_scale):
     return loss
 
 
-def draw(colour, colour_scale, prompt, prompt_scale, steps, seed, progress=gr.Progress()):  # noqa: B008
+PROGRESS = gr.Progress()
+
+
+def draw_eight(colour, colour_scale, prompt, prompt_scale, steps, seed, progress=PROGRESS):
     """Eight guided pictures, from the same noise for the same seed."""
     colour, target = parse_colour(colour), embed(prompt)
-    colour_scale = number("The colour scale", colour_scale, 0, 100)
-    prompt_scale = number("The prompt scale", prompt_scale, 0, 100)
+    colour_scale = number("The colour scale", colour_scale, 0, MOST)
+    prompt_scale = number("The prompt scale", prompt_scale, 0, MOST)
     steps = int(number("The number of steps", steps, 5, 50))
     seed = int(number("The seed", seed, 0, 2**31 - 1))
     scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
@@ -93,12 +102,11 @@ def draw(colour, colour_scale, prompt, prompt_scale, steps, seed, progress=gr.Pr
     x = torch.randn(PICTURES, 3, size, size, generator=torch.Generator().manual_seed(seed))
     for t in progress.tqdm(scheduler.timesteps, desc="Drawing"):
         a, x = scheduler.alphas_cumprod[t], x.detach().requires_grad_()
-        v = unet(x, t).sample
-        x0_hat = a.sqrt() * x - (1 - a).sqrt() * v
+        x0_hat = a.sqrt() * x - (1 - a).sqrt() * unet(x, t).sample
         loss = guidance_loss(x0_hat, colour, colour_scale, target, prompt_scale)
         gradient, = torch.autograd.grad(loss, x)
-        x = scheduler.step(v.detach(), t, x.detach()).prev_sample
-        x = x - (1 - a).sqrt() * gradient
+        x, x0_hat = x.detach(), (x0_hat - (1 - a).sqrt() * gradient).detach().clamp(-1, 1)
+        x = scheduler.step((a.sqrt() * x - x0_hat) / (1 - a).sqrt(), t, x).prev_sample
     pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     return [Image.fromarray(each).resize((256, 256), Image.Resampling.NEAREST) for each in pixels]
 
@@ -111,21 +119,21 @@ def build_demo():
         with gr.Row():
             with gr.Column(scale=1):
                 colour = gr.ColorPicker(value="#3258d7", label="Colour of the wings")
-                colour_scale = gr.Slider(0, 100, 30, step=1, label="Colour scale")
+                colour_scale = gr.Slider(0, MOST, 100, step=1, label="Colour scale")
                 prompt = gr.Textbox(label="Prompt", placeholder="a red butterfly with spots")
-                prompt_scale = gr.Slider(0, 100, 0, step=1, label="Prompt scale")
+                prompt_scale = gr.Slider(0, MOST, 0, step=1, label="Prompt scale")
                 steps = gr.Slider(5, 50, 20, step=1, label="Steps")
                 seed = gr.Number(0, label="Seed", precision=0)
                 button = gr.Button("Draw", variant="primary")
             with gr.Column(scale=2):
                 gallery = gr.Gallery(label="Pictures", columns=4, format="png")
         controls = [colour, colour_scale, prompt, prompt_scale, steps, seed]
-        button.click(draw, controls, gallery, api_name="draw", preprocess=False)  # own checks
-        gr.Examples([["#3258d7", 30, "", 0, 20, 0],
-                     ["#f5dc3c", 0, "a yellow butterfly with spots", 20, 20, 1],
-                     ["#8a3fb0", 15, "a butterfly on a mint background", 10, 20, 2]], controls)
+        button.click(draw_eight, controls, gallery, api_name="draw", preprocess=False)  # own checks
+        gr.Examples([["#3258d7", 100, "", 0, 20, 0],
+                     ["#f5dc3c", 0, "a yellow butterfly with spots", 300, 20, 1],
+                     ["#8a3fb0", 100, "a butterfly on a mint background", 200, 20, 2]], controls)
     return demo
 
 
 if __name__ == "__main__":
-    build_demo().queue(max_size=20).launch(show_error=True)
+    build_demo().queue(max_size=20).launch(show_error=True, share=False)
