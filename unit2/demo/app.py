@@ -131,7 +131,8 @@ def build_demo():
         button.click(draw_eight, controls, gallery, api_name="draw", preprocess=False)  # own checks
         gr.Examples([["#3258d7", 100, "", 0, 20, 0],
                      ["#f5dc3c", 0, "a yellow butterfly with spots", 300, 20, 1],
-                     ["#8a3fb0", 100, "a purple butterfly on a mint background", 200, 20, 2]], controls)
+                     ["#8a3fb0", 100, "a purple butterfly on a mint background", 200, 20, 2]],
+                    controls)
     return demo
 
 
