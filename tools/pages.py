@@ -18,7 +18,7 @@ TEMPLATE = """{% extends "lab/index.html.j2" %}
 {% block html_head_js_mermaidjs %}{% endblock %}"""
 # That page has too little contrast, and links that only their colour tells apart.
 STYLE = """
-.jp-RenderedHTMLCommon p a, .jp-RenderedHTMLCommon li a { text-decoration: underline !important; }
+.jp-RenderedHTMLCommon :is(p, li, td) a { text-decoration: underline !important; }
 .jp-Cell .jp-InputPrompt, .jp-Cell .jp-OutputPrompt { color: #545454 !important;
     opacity: 1 !important; }
 body { --jp-mirror-editor-comment-color: #2f6f6f; --jp-mirror-editor-keyword-color: #006800;
