@@ -3,6 +3,7 @@
 import ast
 import io
 import os
+import runpy
 import shutil
 import socket
 import subprocess
@@ -78,6 +79,14 @@ def test_it_guides_as_the_notebook_does(app):
     for picture, wanted in zip(drawn, expected, strict=True):
         found = np.asarray(picture.resize((32, 32), Image.Resampling.NEAREST)) / 127.5 - 1
         assert np.abs(found - wanted.permute(1, 2, 0).numpy()).max() < 0.02
+
+
+def test_it_refuses_what_the_notebook_sends(app, monkeypatch, capsys):
+    cell = source_with('public["draw_eight"]', nbformat.read(
+        ROOT / "unit2" / "01_finetuning_and_guidance.ipynb", as_version=4))
+    monkeypatch.setattr("runpy.run_path", lambda path: vars(app))
+    exec(cell, {"runpy": runpy, "course": ROOT, "gr": app.gr})
+    assert [line[:9] for line in capsys.readouterr().out.splitlines()] == 3 * ["refused: "]
 
 
 def test_the_picture_is_seen_forming(app):
