@@ -175,17 +175,21 @@ def _open(picture):
         return None
 
 
-def _opened(picture, source):
-    image, name = _open(picture), (picture or {}).get("path") or "unnamed"
-    _warn(source, "Skipped {} unreadable picture", [] if image else [name])
-    return {"image": image}
+def _readable(rows, source):
+    images = [_open(picture) for picture in rows["image"]]
+    _warn(source, "Skipped {} unreadable picture(s)", [
+        (picture or {}).get("path") or "a row" for picture, image in
+        zip(rows["image"], images, strict=True) if not image])
+    columns = {**rows, "image": images}
+    return {name: [value for value, image in zip(column, images, strict=True) if image]
+            for name, column in columns.items()}
 
 
 def open_source(source: str, split: str = "train", streaming: bool = False
                 ) -> datasets.Dataset | datasets.IterableDataset:
     """Open a folder, dataset file or Hub dataset, its columns named as `load_images` names them.
 
-    With `streaming`, unreadable pictures are skipped, with a warning each, when their turn comes.
+    With `streaming`, unreadable pictures are skipped, with a warning, when their turn comes.
     Raises NoSuchSplit, a ValueError, and what `load_images` raises.
     """
     source = str(source)
@@ -197,9 +201,8 @@ def open_source(source: str, split: str = "train", streaming: bool = False
         return dataset
     if isinstance(dataset, datasets.Dataset):    # paths, in shards to share out among processes
         dataset = dataset.to_iterable_dataset(min(len(dataset), 1024))
-    opened = _undecoded(dataset).map(partial(_opened, source=source), input_columns="image",
-                                     features=dataset.features)
-    return opened.filter(bool, input_columns="image")
+    return _undecoded(dataset).map(partial(_readable, source=source), batched=True, batch_size=16,
+                                   features=dataset.features)
 
 
 def _drop_unreadable(dataset, source):
