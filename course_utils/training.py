@@ -46,7 +46,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
-from course_utils.data import load_images, open_picture, open_source, to_pixels, to_square
+from course_utils.data import BUILT_IN, load_images, open_picture, open_source, to_pixels, to_square
 from course_utils.metrics import FEWEST, measure
 from course_utils.plotting import plot_loss, tile
 
@@ -146,6 +146,8 @@ def check_training_arguments(parser, args):
                      f"from noise: give {FEWEST} or more, or 0 for no measurement")
     if args.evaluate_every and not args.evaluate:
         parser.error("--evaluate_every needs --evaluate, the number of samples")
+    if args.streaming and args.source in BUILT_IN:
+        parser.error(f"--streaming: {args.source} fit into memory: leave it out")
     if args.streaming and (args.epochs or args.limit):
         parser.error("--streaming does not know how many pictures there are: give --steps instead "
                      "of --epochs and --limit")

@@ -113,8 +113,9 @@ def launched_rate(processes, *options):
     """`script_rate` in processes of their own, of which each takes its share of the cores."""
     threads = str(max(1, torch.get_num_threads() // processes))
     found = subprocess.check_output(
-        [*LAUNCH, f"--nproc_per_node={processes}", str(ROOT / "tools" / "bench.py"), "--rate", *options], text=True,
-        env={**os.environ, "OMP_NUM_THREADS": threads, "ACCELERATE_USE_CPU": "true"})
+        [*LAUNCH, f"--nproc_per_node={processes}", Path(__file__), "--rate", *options], text=True,
+        env={**os.environ, "OMP_NUM_THREADS": threads, "ACCELERATE_USE_CPU": "true",
+             "PYTHONPATH": str(ROOT)})
     return float(found.split()[-1])
 
 
