@@ -64,9 +64,7 @@ Unconditional diffusion model of {parameters:,} parameters for {size} x {size} p
 Load it with `DDPMPipeline.from_pretrained("PATH_TO_THIS_FOLDER")`. Who shares it adds the licence,
 which depends on that of the pictures.
 
-![32 samples of noise that was fixed beforehand](samples.png)
-
-![Loss over the steps](losses.png)
+{grid}![Loss over the steps](losses.png)
 
 {quality}
 """
@@ -619,7 +617,8 @@ class Run:
             if due(args.log_every) or save or last:
                 self.look_at_losses()
             if due(args.sample_every) and self.main:
-                self.save_grid(self.output / f"samples/step-{self.step:06d}.png")
+                path = self.output / f"samples/step-{self.step:06d}.png"
+                self.averaged(lambda path=path: self.save_grid(path))
             if due(args.evaluate_every) and not last and self.main:
                 self.track({"distance": self.averaged(self.measured).distance})
             if save:
@@ -703,8 +702,8 @@ class Run:
             self.average.restore(self.model.parameters())
 
     def save_grid(self, path):
-        """32 samples of the averaged weights, always from the same noise."""
-        images = self.averaged(lambda: draw_pictures(self.model, self.scheduler, 32))
+        """32 samples, always from the same noise."""
+        images = draw_pictures(self.model, self.scheduler, 32)
         self.try_to_write(path.name, lambda: Image.fromarray(tile(images)).save(path))
 
     def measured(self):
@@ -779,15 +778,16 @@ class Run:
         self.say(f"Saved {self.output} after {minutes:.1f} minutes.")
         quality = (f"Fréchet distance in the course's fixed random features (DPM-Solver++, 25 "
                    f"steps, seed 0): {self.measured()}." if args.evaluate else "")
+        grid = ""
+        if args.sample_every:
+            self.save_grid(self.output / "samples.png")
+            grid = "![32 samples, from noise that was fixed before](samples.png)\n\n"
         card = CARD.format(
             name=self.output.name, parameters=sum(p.numel() for p in model.parameters()),
             size=model.config.sample_size, origin=origin, source=args.source, pictures=self.shown,
-            steps=args.steps, minutes=minutes, quality=quality,
+            steps=args.steps, minutes=minutes, quality=quality, grid=grid,
             command=shlex.join(["python", *sys.argv]))
         self.try_to_write("README.md", lambda: (self.output / "README.md").write_text(card))
-        pictures = tile(draw_pictures(model, self.scheduler, 32))
-        self.try_to_write("samples.png",
-                          lambda: Image.fromarray(pictures).save(self.output / "samples.png"))
         self.try_to_write("losses.png", self.draw_losses)
         shutil.rmtree(self.output / "checkpoints", ignore_errors=True)   # the run is complete
         if args.push_to_hub:

@@ -36,7 +36,8 @@ def weights(output):
 def test_fine_tunes_at_the_given_size(base, tmp_path):
     """Grid, pipeline and card; the given size, not the base's."""
     output = tmp_path / "model"
-    script.main([*FEW, f"--base={base}", f"--output={output}", "--image_size=24", "--steps=2"])
+    script.main([*FEW, f"--base={base}", f"--output={output}", "--image_size=24", "--steps=2",
+                 "--sample_every=9"])
     assert Image.open(output / "samples.png").size == (8 * 26 - 2, 4 * 26 - 2)
     assert DDPMPipeline.from_pretrained(output).unet.config.sample_size == 24
     card = (output / "README.md").read_text()

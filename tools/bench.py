@@ -101,7 +101,7 @@ def script_rate(*options):
         timed = Timed(args, args.image_size, args.channels, script.make_scheduler(),
                       script.draw_timesteps)
         with timed:
-            script.train(args, timed, script.build_model(args))
+            script.run_training(args, timed, script.build_model(args))
         seconds = timed.marks[SKIP + STEPS] - timed.marks[SKIP]
         return args.batch_size * timed.processes * STEPS / seconds
 

@@ -87,7 +87,7 @@ def batch_loss(model, scheduler, x0, t, eps):
     return F.mse_loss(prediction.float(), target[scheduler.config.prediction_type]())
 
 
-def train(args, run, model):
+def run_training(args, run, model):
     """Train `model` in place, on as many devices as Accelerate finds; `run` keeps the books."""
     accelerator = run.accelerator
     model.to(run.device).train()
@@ -115,7 +115,7 @@ def main(argv=None):
     scheduler = make_scheduler()
     run = Run(args, args.image_size, args.channels, scheduler, draw_timesteps)
     with run:
-        train(args, run, build_model(args))
+        run_training(args, run, build_model(args))
     run.finish()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from diffusers import DDPMPipeline, UNet2DModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit1"))
-from train_unconditional import draw_timesteps, train
+from train_unconditional import draw_timesteps, run_training
 
 from course_utils.training import Run, check_training_arguments, training_parser
 
@@ -66,7 +66,7 @@ def main(argv=None):
     config = model.config
     run = Run(args, config.sample_size, config.in_channels, scheduler, draw_timesteps)
     with run:
-        train(args, run, model)
+        run_training(args, run, model)
     run.finish(f"fine-tuned\nfrom `{args.base}` on")
 
 
