@@ -33,12 +33,13 @@ def explained(name: str, kind: str = "model"):
     """Let what fails with the Hub's repository `name` in this block fail in one sentence.
 
     Files of it in the cache that are not what their checksum says are deleted, so that the next
-    try begins anew. `kind` is "model", "dataset" or "space". Raises ConnectionError.
+    try begins anew. `kind` is "model", "dataset" or "space". What fails with a folder of this
+    name is left as it is. Raises ConnectionError.
     """
     try:
         yield
     except Exception as error:                   # each library has its own; the Hub knows the cause
-        if Path(name).exists():
+        if Path(str(name).removeprefix("local-dir:")).exists():
             raise
         name = str(name).removeprefix("hf-hub:")
         what, remedy = _diagnosis(error, name, kind)
@@ -58,9 +59,12 @@ def _diagnosis(error, name, kind):
             auth_check(name, repo_type=kind)
     except HfHubHTTPError as refusal:
         error = refusal
+    except Exception:                            # the first error says more
+        pass
     if not isinstance(error, HfHubHTTPError):
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return f"what came is damaged or incomplete: {reason}", f"run this again, {WITHOUT}"
+        return (f"it came damaged, incomplete or in no known form: {reason}",
+                f"run this again, {WITHOUT}")
     status = error.response.status_code
     page = f"https://huggingface.co/{'' if kind == 'model' else f'{kind}s/'}{name}"
     if status == 401 and get_token():

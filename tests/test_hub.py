@@ -15,7 +15,7 @@ from nbclient import NotebookClient
 from run_notebooks import ROOT, text_of
 
 from course_utils.data import load_images
-from course_utils.hub import hub_answers
+from course_utils.hub import explained, hub_answers
 
 SHIPPED = ROOT / "course_utils" / "pretrained"
 SET_UP = """
@@ -210,13 +210,20 @@ def test_the_space_is_uploaded_as_its_page_says_and_runs_from_a_download(hub, tm
     print_pictures = """if True:
         import runpy, huggingface_hub
         space = {"repo_id": "ada/guided-butterflies", "repo_type": "space"}
-        app = runpy.run_path(huggingface_hub.snapshot_download(**space, local_dir="SPACE") + "/app.py")
+        huggingface_hub.snapshot_download(**space, local_dir="SPACE")
+        app = runpy.run_path("SPACE/app.py")
         pictures = app["draw_eight"]("#3258d7", 30, "", 0, 5, 0)
         print(app["MODELS"], len(pictures))
     """
     space = str(tmp_path / "space")              # files, as a Space has them; no cache's links
     models, count = run(print_pictures.replace("SPACE", space), hub, tmp_path).split()[-2:]
     assert models == f"{space}/models" and count == "8"
+
+
+@pytest.mark.parametrize("name", ["{}", "local-dir:{}"])
+def test_what_fails_with_a_folder_is_not_blamed_on_the_hub(name, tmp_path):
+    with pytest.raises(KeyError), explained(name.format(tmp_path)):
+        raise KeyError
 
 
 @pytest.mark.parametrize("code, answers", [(200, True), (401, True), (429, True), (503, False)])
