@@ -46,15 +46,14 @@ LOAD = {                                         # each says OK when it has what
 NO_DNS = "socket.getaddrinfo = no_lookup\n"
 
 
-def fails(what, *words, on="/", answer=None, token="hf_ada", before="", **hidden):
-    """A fault: what is loaded meanwhile, words of the sentence, and what answers on which path."""
-    return SimpleNamespace(what=what, words=words, on=on, answer=answer or (lambda hub: None),
-                           token=token, before=before, **{"private": False, "gated": False,
-                                                          "missing": False, **hidden})
-
-
 def always(app):
     return lambda hub: app
+
+
+def fails(what, *words, on="/", answer=always(None), token="hf_ada", before="",
+          private=False, gated=False, missing=False):
+    """A fault: what is loaded, words of the sentence, and what answers for which part of paths."""
+    return SimpleNamespace(**locals())
 
 
 FAULTS = {
@@ -72,7 +71,7 @@ FAULTS = {
     "expired token": fails("dataset", "expired", "hf auth login", token=EXPIRED),
     "expired token, model": fails("model", "expired", "hf auth login", token=EXPIRED),
     "wrong token": fails("dataset", "refuses your token", "hf auth login", token="hf_typo"),
-    "too many requests": fails("dataset", "429", "wait five", on="/", answer=always(status(429))),
+    "too many requests": fails("dataset", "429", "wait five", answer=always(status(429))),
     "too many files": fails("model", "429", "wait five", on="/store", answer=always(status(429))),
     "down": fails("dataset", "does not answer", answer=always(status(500))),
     "API down": fails("model", "500", "wait some minutes", on="/api", answer=always(status(500))),
@@ -131,8 +130,7 @@ def met(hub, tmp_path_factory):
                 make(hub, name, fault.what)
             hub.private, hub.gated = set([name] * fault.private), set([name] * fault.gated)
             app = fault.answer(hub)
-            hub.fault = lambda scope: app if scope["path"].startswith(fault.on) or (
-                fault.on == "/commit" and fault.on in scope["path"]) else None
+            hub.fault = lambda scope: app if fault.on in scope["path"] else None
 
         def mend(name=name, fault=fault):
             make(hub, name, fault.what)
