@@ -4,7 +4,7 @@ import glob
 import os
 import re
 import warnings
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 import datasets
@@ -164,7 +164,7 @@ def _undecoded(dataset):
     return dataset.cast_column("image", datasets.Image(decode=False))
 
 
-def _open(picture):
+def open_picture(picture: dict) -> Image.Image | None:
     """An undecoded `datasets` picture, decoded; None if that or `to_square` would fail."""
     try:
         image = datasets.Image().decode_example(picture)
@@ -173,21 +173,11 @@ def _open(picture):
         return None
 
 
-def _readable(rows, source):
-    images = [_open(picture) for picture in rows["image"]]
-    _warn(source, "Skipped {} unreadable picture(s)", [
-        (picture or {}).get("path") or "a row" for picture, image in
-        zip(rows["image"], images, strict=True) if not image])
-    columns = {**rows, "image": images}
-    return {name: [value for value, image in zip(column, images, strict=True) if image]
-            for name, column in columns.items()}
-
-
 def open_source(source: str, split: str = "train", streaming: bool = False
                 ) -> datasets.Dataset | datasets.IterableDataset:
     """Open a folder, dataset file or Hub dataset, its columns named as `load_images` names them.
 
-    With `streaming`, unreadable pictures are skipped, with a warning, when their turn comes.
+    With `streaming`, pictures come undecoded, for `open_picture`.
     Raises NoSuchSplit, a ValueError, and what `load_images` raises.
     """
     source = str(source)
@@ -199,13 +189,12 @@ def open_source(source: str, split: str = "train", streaming: bool = False
         return dataset
     if isinstance(dataset, datasets.Dataset):    # paths, in shards to share out among processes
         dataset = dataset.to_iterable_dataset(min(len(dataset), 1024))
-    return _undecoded(dataset).map(partial(_readable, source=source), batched=True, batch_size=16,
-                                   features=dataset.features)
+    return _undecoded(dataset)
 
 
 def _drop_unreadable(dataset, source):
     bad = {i: (each or {}).get("path") or f"row {i}"
-           for i, each in enumerate(_undecoded(dataset)["image"]) if not _open(each)}
+           for i, each in enumerate(_undecoded(dataset)["image"]) if not open_picture(each)}
     if len(bad) == len(dataset):
         raise ValueError(f"No readable picture in {source!r} ({len(bad)} broken: "
                          f"{_named(list(bad.values()))}): give at least one intact picture.")

@@ -71,8 +71,8 @@ def reason(text):
     return (errors or lines)[-1]
 
 
-def install_missing(in_clone=False):
-    """Install only what is missing or out of range; in a clone, only say what that is.
+def install_missing():
+    """Install only what is missing or out of range; inside a clone, only say what that is.
 
     Everything else keeps its version. Where that cannot be, only `KEEP` does. Raises RuntimeError
     with one sentence that says what to do when pip fails.
@@ -85,6 +85,7 @@ def install_missing(in_clone=False):
     if not wanted:
         return
     names = ", ".join(map(str, wanted))
+    in_clone = Path.cwd().is_relative_to(REQUIREMENTS.parent)
     if in_clone and "PAPERSPACE_FQDN" not in os.environ:     # Gradient opens a clone of its own
         print(f'This Python lacks {names}: run %pip install -r "{REQUIREMENTS}" in a cell.')
         return

@@ -3,12 +3,14 @@
 import ast
 import io
 import os
+import runpy
 import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
+import uuid
 
 import httpx
 import nbformat
@@ -73,10 +75,26 @@ def test_it_guides_as_the_notebook_does(app):
 
     lead = page["steered"](page["predict_with"](app.unet), ddim, loss_of, 1.0)
     expected = page["sample"](lead, page["make_noise"](8, (3, 32, 32), 0), ddim, 5)
-    drawn = app.draw_eight("#3258d7", 100, "a butterfly with spots", 50, 5, 0)
+    *_, drawn = app.draw_eight("#3258d7", 100, "a butterfly with spots", 50, 5, 0)
     for picture, wanted in zip(drawn, expected, strict=True):
         found = np.asarray(picture.resize((32, 32), Image.Resampling.NEAREST)) / 127.5 - 1
         assert np.abs(found - wanted.permute(1, 2, 0).numpy()).max() < 0.02
+
+
+def test_it_refuses_what_the_notebook_sends(app, monkeypatch, capsys):
+    cell = source_with('public["draw_eight"]', nbformat.read(
+        ROOT / "unit2" / "01_finetuning_and_guidance.ipynb", as_version=4))
+    monkeypatch.setattr("runpy.run_path", lambda path: vars(app))
+    exec(cell, {"runpy": runpy, "course": ROOT, "gr": app.gr})
+    assert [line[:9] for line in capsys.readouterr().out.splitlines()] == 3 * ["refused: "]
+
+
+def test_the_picture_is_seen_forming(app):
+    """Each preview comes nearer to the last one, which is the picture."""
+    *previews, last = ([np.asarray(picture, float) for picture in pictures]
+                       for pictures in app.draw_eight("#3258d7", 30, "", 0, 12, 0))
+    gaps = [np.abs(np.subtract(preview, last)).mean() for preview in previews]
+    assert len(gaps) == 3 and gaps == sorted(gaps, reverse=True) and gaps[-1] > 1
 
 
 @pytest.mark.parametrize("text, rgb", [
@@ -168,12 +186,18 @@ def test_any_short_prompt_draws(client, prompt):
     assert len(pictures(answer)) == 8
 
 
+def visit(address, until, **controls):
+    """Ask as a browser does, and leave when the message `until` comes."""
+    session = {"session_hash": uuid.uuid4().hex}
+    request = {"data": [*{**GOOD, **controls}.values()], "fn_index": 0, **session}
+    httpx.post(f"{address}/gradio_api/queue/join", json=request).raise_for_status()
+    with httpx.stream("GET", f"{address}/gradio_api/queue/data", params=session, timeout=60) as sse:
+        return next(line for line in sse.iter_lines() if f'"msg":"{until}"' in line)
+
+
 @pytest.mark.slow
 def test_two_users_at_once_and_one_who_leaves(server, client):
-    gone = Client(server[0], verbose=False)
-    gone.submit(**{**GOOD, "steps": 50}, api_name="/draw")
-    time.sleep(0.5)                              # let it begin, then leave in the middle
-    gone.close()
+    visit(server[0], "process_generating", steps=50)         # leaves in the middle
     answers = {}
 
     def ask(seed):
@@ -193,6 +217,47 @@ def test_two_users_at_once_and_one_who_leaves(server, client):
 
 
 @pytest.mark.slow
+def test_who_leaves_holds_nobody_up(server):
+    """Five drawings of 50 steps whose visitors leave, and the next, take less than one of them."""
+    begun = time.monotonic()
+    visit(server[0], "process_completed")
+    five_steps = time.monotonic() - begun
+    for _ in range(5):
+        visit(server[0], "process_starts", steps=50)
+    left = time.monotonic()
+    visit(server[0], "process_completed")
+    print(f"5 steps alone {five_steps:.1f} s, after 5 who left {time.monotonic() - left:.1f} s")
+    assert time.monotonic() - begun < 10 * five_steps
+
+
+@pytest.mark.slow
+def test_a_request_without_values_gets_a_sentence_or_the_usual_ones(server, client):
+    post = f"{server[0]}/gradio_api/call/draw"
+    event = httpx.post(post, json={"data": []}).json()["event_id"]
+    assert "0 values: give Colour of the wings, " in httpx.get(f"{post}/{event}", timeout=60).text
+    assert len(client.predict(api_name="/draw")) == 8
+
+
+@pytest.mark.slow
+def test_nobody_fills_the_disk(server, app, monkeypatch, tmp_path):
+    """Uploads are refused, and pictures deleted after a while."""
+    big = httpx.post(f"{server[0]}/gradio_api/upload", files={"files": 2000 * b"x"})
+    assert big.status_code == 413
+    monkeypatch.setattr(app, "HOUR", 1)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    demo = app.build_demo()
+    _, address, _ = demo.launch(prevent_thread_lock=True, quiet=True)
+    visit(address.rstrip("/"), "process_completed")
+    assert list(tmp_path.rglob("*.png"))
+    for _ in range(100):
+        if not list(tmp_path.rglob("*.png")):
+            break
+        time.sleep(0.1)
+    assert not list(tmp_path.rglob("*.png"))
+    demo.close()
+
+
+@pytest.mark.slow
 def test_it_serves_no_file_and_writes_only_into_its_temporary_folder(server, client):
     address, folder = server
     client.predict(**GOOD, api_name="/draw")
@@ -205,7 +270,7 @@ def test_it_serves_no_file_and_writes_only_into_its_temporary_folder(server, cli
 
 @pytest.mark.slow
 def test_in_a_browser(server):
-    """A visitor sets a colour, presses the button and sees pictures."""
+    """A visitor sets a colour, presses the button and sees pictures, first forming, then done."""
     playwright = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:
@@ -223,6 +288,9 @@ def test_in_a_browser(server):
         page.get_by_role("button", name="Draw").click()
         picture = page.locator(".thumbnail-item img").nth(5)
         picture.wait_for(timeout=120_000)
+        forming = picture.get_attribute("src")
+        page.wait_for_function("!document.querySelector('.generating')")
+        assert picture.get_attribute("src") != forming
         page.wait_for_function("image => image.complete && image.naturalWidth > 0",
                                arg=picture.element_handle())
         shot = Image.open(io.BytesIO(picture.screenshot())).convert("RGB")

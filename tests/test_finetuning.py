@@ -34,11 +34,12 @@ def page():
     unet.conv_out.weight.data *= 20             # so that the way through the model matters
     ddim = DDIMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction",
                          timestep_spacing="trailing")
+    ddim.set_timesteps(10)
     names = {
         "torch": torch, "F": F, "TF": TF, "copy": copy, "itertools": itertools, "Image": Image,
         "ImageDraw": ImageDraw, "Muon": None, "unet": unet.eval().requires_grad_(False),
         "ddim": ddim, "alpha_bar": ddim.alphas_cumprod, "kind": "v_prediction",
-        "predict": lambda xt, t: unet(xt, t).sample, "blue": torch.tensor([-0.6, -0.3, 0.7]),
+        "predict": lambda xt, t: unet(xt, t).sample,
         "eight": torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(3))}
     for source in FUNCTIONS.values():
         exec(source, names)
@@ -53,7 +54,7 @@ def page():
     ("guess_and_gradient", "guess_from(predict(xt, t)", "guess_from(predict(xt, t).detach()"),
 ])
 def test_the_check_on_the_page_sees_a_broken_formula(page, name, right, wrong):
-    check = source_with("def squared_distance", NOTEBOOK)
+    check = source_with("to_grey = ", NOTEBOOK)
     exec(check, dict(page))
     assert right in FUNCTIONS[name]
     exec(FUNCTIONS[name].replace(right, wrong), page)

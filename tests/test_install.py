@@ -3,17 +3,20 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 import time
 import venv
 import zipfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import packaging
 import pytest
-from launching import environment, launch_cell, publish
-from run_notebooks import ROOT
+from launching import environment, fetching_from, launch_cell, publish
+from run_notebooks import ROOT, notebooks
 
 from course_utils.install import installed_versions, unmet
 
@@ -60,16 +63,20 @@ def index(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def remote(tmp_path_factory):
+def source(tmp_path_factory):
     """A course that needs little."""
-    folder = tmp_path_factory.mktemp("remote")
-    (folder / "source").mkdir()
-    shutil.copytree(ROOT / "course_utils", folder / "source" / "course_utils",
+    folder = tmp_path_factory.mktemp("source")
+    shutil.copytree(ROOT / "course_utils", folder / "course_utils",
                     ignore=shutil.ignore_patterns("pretrained", "__pycache__"))
-    (folder / "source" / "requirements.txt").write_text(
+    (folder / "requirements.txt").write_text(
         "# ranges\ntorch>=2.6\ntorchvision>=0.21\nnumpy>=1.26\ndiffusers>=0.34  # pictures\n"
         "jupyter>=1.1\nantique>=1 ; python_version < '3'\n")
-    return publish(folder / "work", folder / "course.git", folder / "source")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def remote(tmp_path_factory, source):
+    return publish(tmp_path_factory.mktemp("remote"), source)
 
 
 @pytest.fixture(scope="module")
@@ -92,12 +99,12 @@ def platform(tmp_path, index, bare_python):
     pip = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(index), "PIP_CONFIG_FILE": os.devnull}
 
     def run(remote, *packages, before="", after=REPORT, **extra):
-        env = environment(remote, **(pip | extra))
+        env = environment(**(pip | extra))
         if packages:
             subprocess.run([python, "-m", "pip", "install", "-q", *packages], env=env, check=True)
-        done = subprocess.run([python, "-c", before + launch_cell() + after], cwd=folder, env=env,
-                              capture_output=True, text=True)
-        return done
+        code = before + fetching_from(remote, launch_cell().source) + "\n" + after
+        return subprocess.run([python, "-c", code], cwd=folder, env=env, capture_output=True,
+                              text=True)
 
     run.folder = folder
     return run
@@ -147,11 +154,10 @@ def test_only_what_is_too_old_is_replaced_and_a_second_run_changes_nothing(platf
 
 
 def test_other_packages_give_way_where_they_must_but_never_torch_or_numpy(
-        platform, remote, tmp_path):
-    course = platform.folder / "course"
-    subprocess.run(["git", "clone", "-q", remote, str(course)], check=True)
+        platform, source):
+    course = shutil.copytree(source, platform.folder / "course")
     (course / "requirements.txt").write_text("accelerate>=1.7\n")      # needs another hub
-    done = platform(remote, "torch==2.9.0", "numpy==1.26.0", "huggingface_hub==0.36.0")
+    done = platform("file:///nowhere", "torch==2.9.0", "numpy==1.26.0", "huggingface_hub==0.36.0")
     assert done.returncode == 0, done.stderr
     have = json.loads(done.stdout.splitlines()[-1])
     assert have["huggingface-hub"] == "2.4.0" and have["accelerate"] == "2.0.0"
@@ -171,6 +177,23 @@ def test_a_package_replaced_while_in_use_asks_for_a_restart(platform, remote):
     assert "Restart" not in platform(remote, before="import diffusers\n").stdout
 
 
+@pytest.fixture
+def run_cell(tmp_path):
+    """A function that runs the cell in an empty folder, with this Python, which lacks nothing."""
+    folder = tmp_path / "empty"
+    folder.mkdir()
+
+    def run(remote, before="", **extra):
+        cell = fetching_from(remote, launch_cell().source)
+        assert "timeout=60" in cell
+        code = before + cell.replace("timeout=60", "timeout=1")
+        return subprocess.run([sys.executable, "-c", code], cwd=folder, text=True,
+                              env=environment(NO_PROXY="*", **extra), capture_output=True)
+
+    run.folder = folder
+    return run
+
+
 def one_sentence(done):
     """The sentence that ends a failed cell; a reader sees it below the traceback."""
     assert done.returncode == 1
@@ -179,16 +202,100 @@ def one_sentence(done):
     return sentence
 
 
-def test_no_network_says_what_to_do(platform, remote):
-    sentence = one_sentence(platform("file:///nowhere/course.git"))
-    assert sentence.startswith("Could not fetch the course: switch the notebook's internet on "
-                               "(on Kaggle: Settings, Internet) and run this cell again (git said:")
-    assert list(platform.folder.iterdir()) == []
-    assert platform(remote).returncode == 0                 # run again, with the network
+def fetched(run_cell, remote):
+    """Whether the cell, run again, brings the course without a word."""
+    done = run_cell(remote)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    return (run_cell.folder / "course/requirements.txt").exists()
 
 
-def test_no_git_says_so(platform, remote):
-    assert "'git'" in one_sentence(platform(remote, PATH="/nowhere"))
+INTERNET = ("Could not fetch the course: switch the notebook's internet on "
+            "(on Kaggle: Settings, Internet) and run this cell again (")
+
+
+def test_no_network_says_what_to_do(run_cell, remote):
+    assert one_sentence(run_cell("file:///nowhere")).startswith(INTERNET)
+    assert list(run_cell.folder.iterdir()) == []
+    assert fetched(run_cell, remote)
+
+
+@pytest.fixture
+def host():
+    """A function that makes an address at which this machine answers once with some bytes."""
+    with ExitStack() as stack:
+        def answer(reply, then_close=True):
+            listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+
+            def serve():
+                connection = stack.enter_context(listener.accept()[0])
+                connection.recv(65536)
+                connection.sendall(reply)
+                if then_close:
+                    connection.close()
+
+            threading.Thread(target=serve, daemon=True).start()
+            return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+        yield answer
+
+
+HALF = b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n" + 50_000 * b"x"
+LOGIN = b"HTTP/1.1 200 OK\r\nContent-Length: 13\r\n\r\nPlease log in"
+
+
+@pytest.mark.parametrize("reply, then_close, words", [
+    (b"", False, "timed out"), (HALF, False, "timed out"), (HALF, True, "50000 bytes read"),
+    (b"HTTP/1.1 404 Not Found\r\n\r\n", True, "404"), (LOGIN, True, "not a zip file")],
+    ids=["silent", "hangs in the middle", "breaks off", "not there", "another page"])
+def test_a_download_that_fails_says_so_and_leaves_nothing(run_cell, host, reply, then_close, words):
+    sentence = one_sentence(run_cell(host(reply, then_close)))
+    assert sentence.startswith(INTERNET) and words in sentence
+    assert list(run_cell.folder.iterdir()) == []
+
+
+FULL = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+
+
+@pytest.mark.parametrize("before, words", [
+    (FULL, "File too large"), ("import os\nos.chdir('/proc')\n", "/proc/")],
+    ids=["a full disk", "a folder where nobody writes"])
+def test_a_disk_that_takes_no_file_is_not_blamed_on_the_internet(run_cell, remote, before, words):
+    sentence = one_sentence(run_cell(remote, before))
+    assert sentence.startswith("Could not fetch the course: make room for 20 MB, or work in a ")
+    assert words in sentence
+    assert list(run_cell.folder.iterdir()) == []
+    assert fetched(run_cell, remote)
+
+
+def test_a_folder_of_that_name_is_left_alone(run_cell, remote):
+    mine = run_cell.folder / "course/notes.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    assert (f"give your own {mine.parent} another name and run this cell again"
+            in one_sentence(run_cell(remote)))
+    assert mine.read_text() == "mine" and list(run_cell.folder.iterdir()) == [mine.parent]
+    mine.parent.rename(run_cell.folder / "mine")
+    assert fetched(run_cell, remote)
+
+
+@pytest.mark.parametrize("moment", ["event == 'open' and 'requirements' in str(args[0])",
+                                    "event == 'os.rename'"])
+def test_what_was_killed_in_the_middle_is_fetched_again(run_cell, remote, moment):
+    killed = run_cell(remote, "import os, sys\nsys.addaudithook(lambda event, args: "
+                              f"os.kill(os.getpid(), 9) if {moment} else None)\n")
+    assert killed.returncode == -9 and not (run_cell.folder / "course").exists()
+    assert fetched(run_cell, remote)
+
+
+def test_no_git_is_needed(run_cell, remote):
+    assert run_cell(remote, PATH="/nowhere").returncode == 0
+
+
+def test_the_cell_is_folded_away_under_a_title():
+    for path in notebooks():
+        cell = launch_cell(path)
+        assert cell.source.startswith("#@title ")
+        assert cell.metadata.cellView == "form" and cell.metadata.jupyter.source_hidden is True
 
 
 def test_a_failing_pip_says_what_to_do_and_a_second_run_mends_it(platform, remote):
@@ -206,19 +313,18 @@ def test_in_a_clone_nothing_happens(tmp_path):
              "    if event in ('subprocess.Popen', 'socket.connect', 'os.system'):\n"
              "        raise AssertionError(event)\n"
              "sys.addaudithook(_watch)\n")
-    after = "\nassert time.time() - _begun < 1\nassert sys.path.count(str(course)) == 1\n"
-    cell = launch_cell()
+    after = "\nassert time.time() - _begun < 1\n"
+    cell = launch_cell().source
     before = set(ROOT.iterdir()) | set((ROOT / "unit1").iterdir())
     begun = time.time()
     done = subprocess.run([sys.executable, "-c", guard + cell + "\n" + cell + after],
-                          cwd=ROOT / "unit1", env=environment("file:///nowhere"),
-                          capture_output=True, text=True)
+                          cwd=ROOT / "unit1", env=environment(), capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), time.time() - begun
     assert set(ROOT.iterdir()) | set((ROOT / "unit1").iterdir()) == before
 
 
-def test_a_clone_with_packages_missing_is_told_and_left_alone(platform, remote):
-    subprocess.run(["git", "clone", "-q", remote, str(platform.folder / "clone")], check=True)
+def test_a_clone_with_packages_missing_is_told_and_left_alone(platform, source):
+    shutil.copytree(source, platform.folder / "clone")
     done = platform("file:///nowhere", before="import os\nos.chdir('clone')\n")
     message, report = done.stdout.splitlines()
     assert message.startswith("This Python lacks torch>=2.6, ")
@@ -227,8 +333,8 @@ def test_a_clone_with_packages_missing_is_told_and_left_alone(platform, remote):
     assert "torch" not in json.loads(report)
 
 
-def test_gradient_opens_a_clone_and_gets_its_packages_installed(platform, remote):
-    subprocess.run(["git", "clone", "-q", remote, str(platform.folder / "clone")], check=True)
+def test_gradient_opens_a_clone_and_gets_its_packages_installed(platform, source):
+    shutil.copytree(source, platform.folder / "clone")
     done = platform("file:///nowhere", before="import os\nos.chdir('clone')\n",
                     PAPERSPACE_FQDN="n.clg.paperspacegradient.com")
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The launch cell for real: an empty folder, only the notebook, a remote, whole platforms.
+"""The launch cell for real: an empty folder, only the notebook, an archive, whole platforms.
 
 Slow and gigabytes large, so only `make test-launch` runs it. test_install.py tests the same logic
 with toy packages.
@@ -13,7 +13,7 @@ import time
 
 import nbformat
 import pytest
-from launching import environment, publish
+from launching import environment, fetching_from, publish
 from run_notebooks import SHORT_MODE, has_tag, insert_after, notebooks
 
 pytestmark = [pytest.mark.launch, pytest.mark.slow]
@@ -46,8 +46,7 @@ print(json.dumps({m.__name__: m.__version__ for m in (diffusers, numpy, torch, t
 
 @pytest.fixture(scope="module")
 def remote(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("remote")
-    return publish(folder / "work", folder / "course.git")
+    return publish(tmp_path_factory.mktemp("remote"))
 
 
 @pytest.fixture
@@ -71,13 +70,14 @@ def make_platform(tmp_path):
     shutil.rmtree(folder)                               # gigabytes
 
 
-def first_cells(path):
+def first_cells(path, remote):
     """The notebook up to its first cell after the settings; the launch cell runs twice."""
     notebook = nbformat.read(path, as_version=4)
     insert_after(notebook, "config", SHORT_MODE)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     config = next(i for i, cell in enumerate(code) if has_tag(cell, "config"))
     assert has_tag(code[0], "launch")
+    code[0].source = fetching_from(remote, code[0].source)
     added = [nbformat.v4.new_code_cell(s) for s in (VERSIONS, code[0].source, VERSIONS, IMPORTED)]
     notebook.cells = [code[0], *added[:3], *code[1:config + 3], added[3]]
     return notebook
@@ -86,11 +86,11 @@ def first_cells(path):
 def run_in(platform, remote, path, folder):
     """Run the first cells of the notebook with the platform's own Jupyter; returns them by name."""
     folder.mkdir()
-    nbformat.write(first_cells(path), folder / path.name)
+    nbformat.write(first_cells(path, remote), folder / path.name)
     command = [platform / "bin/jupyter", "nbconvert", "--to=notebook", "--execute", "--inplace",
                "--log-level=ERROR", path.name]
     subprocess.run(command, cwd=folder, check=True, env=environment(
-        remote, COURSE_PROFILE="quick", PATH=f"{platform / 'bin'}{os.pathsep}{os.environ['PATH']}"))
+        COURSE_PROFILE="quick", PATH=f"{platform / 'bin'}{os.pathsep}{os.environ['PATH']}"))
     launch, versions, again, versions_again, *middle, imported = nbformat.read(
         folder / path.name, as_version=4).cells
 

@@ -24,8 +24,8 @@ PATHS = notebooks()
 LIMITS = {                                       # code cells, code lines, median and longest cell
     "01_introduction_to_diffusers": (40, 430, 9, 25),
     "02_diffusion_models_from_scratch": (45, 620, 9, 25),
-    "01_finetuning_and_guidance": (45, 575, 13, 25),
-    "02_class_conditioned_diffusion_model_example": (36, 480, 15, 25),
+    "01_finetuning_and_guidance": (45, 560, 9, 25),
+    "02_class_conditioned_diffusion_model_example": (36, 480, 9, 25),
 }
 IDS = [f"{path.parent.name}-{path.stem}" for path in PATHS]
 every_notebook = pytest.mark.parametrize("path", PATHS, ids=IDS)

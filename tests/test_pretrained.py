@@ -1,6 +1,5 @@
 """The two embedded models: public formats, safe weights, measured quality."""
 
-import sys
 from pathlib import Path
 
 import open_clip
@@ -13,9 +12,7 @@ import course_utils
 from course_utils.data import load_images, to_tensor
 from course_utils.drawings import COLOURS, KINDS
 from course_utils.metrics import measure
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit1"))
-from train_unconditional import draw_pictures
+from course_utils.training import draw_pictures
 
 PRETRAINED = Path(course_utils.__file__).parent / "pretrained"
 BUTTERFLIES, CLIP = PRETRAINED / "butterflies-32", PRETRAINED / "clip-butterflies"

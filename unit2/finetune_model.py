@@ -10,14 +10,15 @@ from pathlib import Path
 from diffusers import DDPMPipeline, UNet2DModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit1"))
-import train_unconditional as training
+from train_unconditional import draw_timesteps, train
+
+from course_utils.training import Run, check_training_arguments, training_parser
 
 ROOT = Path(__file__).resolve().parents[1]
-CARD = training.CARD.replace("trained on", "fine-tuned\nfrom `{base}` on")
 
 
 def parse_args(argv=None):
-    parser = training.training_parser(
+    parser = training_parser(
         __doc__.splitlines()[0], source="flowers", output="my-finetuned-model", steps=500,
         learning_rate=2e-3, schedule="cosine", ema_decay=0.995)
     parser.add_argument("--base", default=str(ROOT / "course_utils/pretrained/butterflies-32"),
@@ -25,7 +26,10 @@ def parse_args(argv=None):
     parser.add_argument("--image_size", type=int,
                         help="height and width in pixels; the base model's if not given")
     args = parser.parse_args(argv)
-    training.check_training_arguments(parser, args)
+    check_training_arguments(parser, args)
+    base, output = Path(args.base).expanduser(), Path(args.output).expanduser()
+    if base.resolve() == output.resolve():
+        parser.error(f"--output {args.output} is the base model itself: give another folder")
     return args
 
 
@@ -59,9 +63,11 @@ def load_base(base, image_size):
 def main(argv=None):
     args = parse_args(argv)
     model, scheduler = load_base(args.base, args.image_size)
-    accelerator, x0_all, unseen = training.prepare(
-        args, model.config.sample_size, model.config.in_channels)
-    training.run(args, accelerator, model, scheduler, x0_all, unseen, CARD)
+    config = model.config
+    run = Run(args, config.sample_size, config.in_channels, scheduler, draw_timesteps)
+    with run:
+        train(args, run, model)
+    run.finish(f"fine-tuned\nfrom `{args.base}` on")
 
 
 if __name__ == "__main__":

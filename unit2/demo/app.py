@@ -2,7 +2,8 @@
 
 The guidance is that of the notebook; what is added holds out against requests that no control of
 the page sends: numbers out of range, text where a number or colour is expected, endless prompts,
-crowds (a queue of 20), errors that tell too much (one sentence, no traceback) and paths.
+crowds (a queue of 20), visitors who leave (their drawing stops), uploads, missing values, errors
+that tell too much (one sentence, no traceback) and paths.
 """
 
 import os
@@ -24,6 +25,8 @@ CLIP = f"local-dir:{MODELS / 'clip-butterflies'}"
 PICTURES = 8
 LONGEST = 200                                   # characters of a prompt
 MOST = 500                                      # the largest scale of guidance
+HOUR = 3600                                     # seconds that a picture's file is kept
+PREVIEW = 4                                     # steps from one preview to the next
 
 pipeline = DDPMPipeline.from_pretrained(MODELS / "butterflies-32", use_safetensors=True)
 unet = pipeline.unet.eval().requires_grad_(False)
@@ -86,11 +89,17 @@ def guidance_loss(x0_hat, colour, colour_scale, target, prompt_scale):
     return loss
 
 
-PROGRESS = gr.Progress()
+def to_pictures(x):
+    """(N, 3, H, W) in [-1, 1] as pictures of a size that a visitor sees."""
+    pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(each).resize((256, 256), Image.Resampling.NEAREST) for each in pixels]
 
 
-def draw_eight(colour, colour_scale, prompt, prompt_scale, steps, seed, progress=PROGRESS):
-    """Eight guided pictures, from the same noise for the same seed."""
+def draw_eight(colour, colour_scale, prompt, prompt_scale, steps, seed):
+    """Yield eight guided pictures as they form, from the same noise for the same seed.
+
+    Gradio asks for the next preview only while the visitor is there: who leaves ends the drawing.
+    """
     colour, target = parse_colour(colour), embed(prompt)
     colour_scale = number("The colour scale", colour_scale, 0, MOST)
     prompt_scale = number("The prompt scale", prompt_scale, 0, MOST)
@@ -100,27 +109,38 @@ def draw_eight(colour, colour_scale, prompt, prompt_scale, steps, seed, progress
     scheduler.set_timesteps(steps)
     size = unet.config.sample_size
     x = torch.randn(PICTURES, 3, size, size, generator=torch.Generator().manual_seed(seed))
-    for t in progress.tqdm(scheduler.timesteps, desc="Drawing"):
+    for i, t in enumerate(scheduler.timesteps):
         a, x = scheduler.alphas_cumprod[t], x.detach().requires_grad_()
         x0_hat = a.sqrt() * x - (1 - a).sqrt() * unet(x, t).sample
         loss = guidance_loss(x0_hat, colour, colour_scale, target, prompt_scale)
         gradient, = torch.autograd.grad(loss, x)
         x, x0_hat = x.detach(), (x0_hat - (1 - a).sqrt() * gradient).detach().clamp(-1, 1)
         x = scheduler.step((a.sqrt() * x - x0_hat) / (1 - a).sqrt(), t, x).prev_sample
-    pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(each).resize((256, 256), Image.Resampling.NEAREST) for each in pixels]
+        if i % PREVIEW == 0:
+            yield to_pictures(x0_hat)
+    yield to_pictures(x)
+
+
+class Page(gr.Blocks):
+    """Blocks that answer a request with too few values in a sentence."""
+
+    def validate_inputs(self, block_fn, inputs):
+        if len(inputs) < len(block_fn.inputs):
+            names = ", ".join(block.label for block in block_fn.inputs)
+            raise gr.Error(f"The request has {len(inputs)} values: give {names}.")
 
 
 def build_demo():
     """The page: controls on the left, pictures on the right."""
-    with gr.Blocks(title="Guided butterflies", analytics_enabled=False) as demo:
+    with Page(title="Guided butterflies", analytics_enabled=False,
+              delete_cache=(HOUR, HOUR)) as demo:
         gr.Markdown("# Guided butterflies\nA small diffusion model draws; a colour and a sentence "
                     "steer it. A scale of 0 switches its guidance off.")
         with gr.Row():
             with gr.Column(scale=1):
                 colour = gr.ColorPicker(value="#3258d7", label="Colour of the wings")
                 colour_scale = gr.Slider(0, MOST, 100, step=1, label="Colour scale")
-                prompt = gr.Textbox(label="Prompt", placeholder="a red butterfly with spots")
+                prompt = gr.Textbox("", label="Prompt", placeholder="a red butterfly with spots")
                 prompt_scale = gr.Slider(0, MOST, 0, step=1, label="Prompt scale")
                 steps = gr.Slider(5, 50, 20, step=1, label="Steps")
                 seed = gr.Number(0, label="Seed", precision=0)
@@ -137,4 +157,4 @@ def build_demo():
 
 
 if __name__ == "__main__":
-    build_demo().queue(max_size=20).launch(show_error=True, share=False)
+    build_demo().queue(max_size=20).launch(share=False, max_file_size="1kb")
