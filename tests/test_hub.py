@@ -50,8 +50,12 @@ def always(app):
     return lambda hub: app
 
 
-def fails(what, *words, on="/", answer=always(None), token="hf_ada", before="",
-          private=False, gated=False, missing=False):
+def nobody(hub):
+    return None
+
+
+def fails(what, *words, on="/", answer=nobody, token="hf_ada", before="", private=False,
+          gated=False, missing=False):
     """A fault: what is loaded, words of the sentence, and what answers for which part of paths."""
     return SimpleNamespace(**locals())
 
