@@ -62,14 +62,15 @@ def _diagnosis(error, name, kind):
     except Exception:                            # the first error says more
         pass
     if not isinstance(error, HfHubHTTPError):
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120].rstrip(".")
         return (f"it came damaged, incomplete or in no known form: {reason}",
                 f"run this again, {WITHOUT}")
     status = error.response.status_code
     page = f"https://huggingface.co/{'' if kind == 'model' else f'{kind}s/'}{name}"
     if status == 401 and get_token():
         return ("it refuses your token, which may have expired",
-                f"make a new one at {TOKENS} and log in with `hf auth login`")
+                f"make a new one at {TOKENS}, then log in with `hf auth login` or, if it is set, "
+                "correct HF_TOKEN")
     return f"HTTP {status}", {
         401: "check the name and, if it is private or gated, log in with `hf auth login`",
         403: f"ask for access at {page}, or use a token with the right to write from {TOKENS}",
