@@ -54,18 +54,19 @@ def _diagnosis(error, name, kind):
                 f"unset that variable and restart Jupyter, {WITHOUT}")
     if not hub_answers():
         return "the Hub does not answer", f"check the network and run this again, {WITHOUT}"
-    try:
-        if not isinstance(error, HfHubHTTPError):
+    answer = getattr(error, "response", None)
+    if answer is None:
+        try:
             auth_check(name, repo_type=kind)
-    except HfHubHTTPError as refusal:
-        error = refusal
-    except Exception:                            # the first error says more
-        pass
-    if not isinstance(error, HfHubHTTPError):
+        except HfHubHTTPError as refusal:
+            answer = refusal.response
+        except Exception:                        # the first error says more
+            pass
+    if answer is None:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120].rstrip(".")
         return (f"it came damaged, incomplete or in no known form: {reason}",
                 f"run this again, {WITHOUT}")
-    status = error.response.status_code
+    status = answer.status_code
     page = f"https://huggingface.co/{'' if kind == 'model' else f'{kind}s/'}{name}"
     if status == 401 and get_token():
         return ("it refuses your token, which may have expired",
