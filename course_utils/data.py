@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageOps
 
 from course_utils.drawings import COLOURS, KINDS, draw
+from course_utils.hub import explained
 
 BUILT_IN = [*KINDS, "digits"]
 DRAWN = 2048                                    # drawings in a split unless `limit` says otherwise
@@ -132,19 +133,16 @@ def _splits(source, streaming):
         raise ValueError(
             f"Unknown source {source[:96]!r}: give one of {', '.join(BUILT_IN)}, an existing "
             "folder or dataset file, or a Hub id such as 'owner/name'.")
+    if not exists:
+        with explained(source, "dataset"):
+            return datasets.load_dataset(source, streaming=streaming,
+                                         download_config=datasets.DownloadConfig(max_retries=1))
     try:
-        if exists:
-            return _local_splits(path, source, streaming)
-        return datasets.load_dataset(source, streaming=streaming,
-                                     download_config=datasets.DownloadConfig(max_retries=1))
+        return _local_splits(path, source, streaming)
     except Exception as error:                   # readers of damaged files raise anything
         reason = " ".join((str(error.__cause__ or error) or type(error).__name__).split())[:160]
-    if exists:
-        raise ValueError(f"No pictures found in {source!r} ({reason}): give a picture, a Parquet "
-                         "file, or a folder of those; unpack archives first.")
-    raise ConnectionError(
-        f"Could not load {source!r} from the Hub ({reason}): check the name and the network, or "
-        "set COURSE_PROFILE=quick to use the embedded pictures.")
+    raise ValueError(f"No pictures found in {source!r} ({reason}): give a picture, a Parquet "
+                     "file, or a folder of those; unpack archives first.")
 
 
 def _standard_columns(dataset, source):

@@ -4,41 +4,31 @@ import os
 import platform
 import random
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+from huggingface_hub import constants
+
+from course_utils.hub import hub_answers
 
 PROFILES = ("quick", "full")
-
-
-def hub_answers(timeout: float = 3.0) -> bool:
-    """Whether the Hugging Face Hub can be reached within `timeout` seconds."""
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    try:
-        request = urllib.request.Request(endpoint, method="HEAD")
-        urllib.request.urlopen(request, timeout=timeout).close()
-        return True
-    except urllib.error.HTTPError:               # it answered, if only with an error
-        return True
-    except (OSError, ValueError):
-        return False
 
 
 def _pick_profile(device):
     asked = os.environ.get("COURSE_PROFILE", "").strip()
     if asked and asked not in PROFILES:
         raise ValueError(f"COURSE_PROFILE is {asked!r}: set it to 'quick' or 'full', or unset it.")
-    if asked == "full" and not hub_answers():
+    if asked == "full" and not constants.HF_HUB_OFFLINE and not hub_answers():
         raise ConnectionError("The full profile needs the Hugging Face Hub, which does not answer: "
                               "check the network, or set COURSE_PROFILE=quick to work offline.")
     if asked:
         return asked, "COURSE_PROFILE is set"
     if device == "cpu":
         return "quick", "no GPU found"
+    if constants.HF_HUB_OFFLINE:
+        return "quick", "HF_HUB_OFFLINE is set"
     if not hub_answers():
         return "quick", "the Hub does not answer"
     return "full", "a GPU is there and the Hub answers"
