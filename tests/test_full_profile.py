@@ -25,8 +25,6 @@ config.batch_size = 4
 config.image_size = min(getattr(config, "image_size", 24), 24)
 if hasattr(config, "widths"):
     config.widths = (32,) * len(config.widths)
-if hasattr(config, "clip_weights"):              # 600 MB; the same in the other form, small
-    config.clip, config.clip_weights = "hf-hub:{clip}", None
 """
 TEXTS = ("image_url", "image_alt", "id", "name", "scientific_name", "gender", "taxonomy", "region",
          "locality", "date", "usnm_no", "guid", "edan_url", "source", "stage", "image_hash")
