@@ -164,7 +164,7 @@ def film(frames: Sequence[torch.Tensor], alt: str, columns: int = 8, zoom: int =
     durations = [milliseconds] * (len(pages) - 1) + [2000]
     buffer = io.BytesIO()
     pages[0].save(buffer, "PNG", save_all=True, append_images=pages[1:], duration=durations, loop=0)
-    return DisplayImage(buffer.getvalue(), format="png", alt=alt)
+    return DisplayImage(buffer.getvalue(), format="png", metadata={"alt": alt})
 
 
 def display_figure(drawn: Axes | Figure, alt: str) -> None:
@@ -176,4 +176,4 @@ def display_figure(drawn: Axes | Figure, alt: str) -> None:
     picture = Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE)
     buffer = io.BytesIO()
     picture.save(buffer, format="png", optimize=True)   # half the size, same look
-    display(DisplayImage(buffer.getvalue(), format="png", alt=alt))
+    display(DisplayImage(buffer.getvalue(), format="png", metadata={"alt": alt}))

@@ -214,7 +214,7 @@ def test_the_space_is_uploaded_as_its_page_says_and_runs_from_a_download(hub, tm
         space = {"repo_id": "ada/guided-butterflies", "repo_type": "space"}
         huggingface_hub.snapshot_download(**space, local_dir="SPACE")
         app = runpy.run_path("SPACE/app.py")
-        pictures = app["draw_eight"]("#3258d7", 30, "", 0, 5, 0)
+        *_, pictures = app["draw_eight"]("#3258d7", 30, "", 0, 5, 0)
         print(app["MODELS"], len(pictures))
     """
     space = str(tmp_path / "space")              # files, as a Space has them; no cache's links
