@@ -14,7 +14,6 @@ import hashlib
 import importlib.util
 import json
 import math
-import os
 import shlex
 import shutil
 import signal
@@ -22,6 +21,7 @@ import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from functools import lru_cache, partial
 from itertools import count, islice
 from pathlib import Path
@@ -30,7 +30,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, gather_object
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    LoggerType,
+    broadcast_object_list,
+    gather_object,
+)
 from diffusers import DDPMPipeline, DPMSolverMultistepScheduler
 from diffusers.optimization import get_scheduler
 from filelock import FileLock, Timeout
@@ -57,7 +63,7 @@ pipeline_tag: unconditional-image-generation
 # {name}
 
 Unconditional diffusion model of {parameters:,} parameters for {size} x {size} pictures, {origin}
-`{source}` ({pictures}) for {steps:,} steps ({minutes:.0f} minutes) with
+`{source}` ({pictures}) for {steps:,} steps of {batch} pictures ({minutes:.0f} minutes) with
 
     {command}
 
@@ -70,8 +76,9 @@ which depends on that of the pictures.
 """
 OURS = {".lock", "README.md", "checkpoints", "logs", "losses.csv", "losses.png", "model_index.json",
         "samples", "samples.png", "scheduler", "unet"}    # what a run writes into its folder
+HOURS = timedelta(hours=6)                      # that processes wait while one draws and measures
 FREE = {"checkpoint_every", "compile", "evaluate", "evaluate_every", "half", "log_every", "output",
-        "overwrite", "push_to_hub", "resume", "sample_every", "tf32", "tracker"}   # may change
+        "overwrite", "push_to_hub", "resume", "sample_every", "tf32", "tracker", "workers"}
 START = {"epoch": 0, "shard": 0, "row": 0, "taken": 0}    # of a stream
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)   # what a full disk raises, by library
 
@@ -94,8 +101,8 @@ def training_parser(description, **defaults):
     add("--steps", type=int, default=2000, help="optimizer steps")
     add("--epochs", type=int, help="passes over the pictures, instead of --steps")
     add("--batch_size", type=int, default=16, help="pictures in a forward pass on each device")
-    add("--accumulation", type=int, help="forward passes in an optimizer step: their gradients are "
-        "averaged; if not given, what the launcher says, or 1")
+    add("--accumulation", type=int, default=1,
+        help="forward passes in an optimizer step: their gradients are averaged")
     add("--optimizer", default="muon", choices=("muon", "adamw"), help="Muon: see unit 1")
     add("--learning_rate", type=float, default=5e-3,
         help="its peak; AdamW needs less than Muon: 2e-3 did well")
@@ -108,15 +115,16 @@ def training_parser(description, **defaults):
     add("--mixed_precision", choices=("no", "fp16", "bf16"),
         help="if not given, what the launcher says, or no")
     add("--compile", action="store_true", help="torch.compile the model: pays in long runs")
-    add("--tf32", action="store_true", help="10-bit float32 products on NVIDIA GPUs: faster")
+    add("--tf32", action="store_true", help="float32 products and convolutions with 10 bits on "
+        "NVIDIA GPUs: faster")
     add("--half", action="store_true", help="save the weights as float16")
     add("--log_every", type=int, default=10, help="steps between looks at the loss")
     add("--sample_every", type=int, default=500, help="steps between sample grids, 0 for none")
     add("--checkpoint_every", type=int, default=500, help="steps between checkpoints (the last two "
         "are kept until the run is complete), 0 for none")
     add("--resume", action="store_true", help="go on exactly from the last whole checkpoint")
-    add("--tracker", default="tensorboard",
-        help="where Accelerate logs loss and learning rate: tensorboard, wandb, ... or none")
+    add("--tracker", default="tensorboard", choices=["none", *LoggerType.list()],
+        help="where Accelerate logs loss and learning rate")
     add("--evaluate", type=int, default=0,
         help=f"samples for the Fréchet distance to the source's test split: {FEWEST} or more, "
              "and twice as many unseen pictures; 0 for none")
@@ -251,8 +259,8 @@ class Draws(IterableDataset):
     def decode(self, row):
         image = open_picture(row["image"])
         if image is None:
-            warnings.warn(f"Left out an unreadable picture: {row['image']['path'] or 'unnamed'}",
-                          stacklevel=2)
+            name = (row["image"] or {}).get("path") or "unnamed"
+            warnings.warn(f"Left out an unreadable picture: {name}", stacklevel=2)
             return None
         return to_square(image, self.shape[1], self.shape[0])
 
@@ -260,6 +268,12 @@ class Draws(IterableDataset):
 def shards_of(stream):
     """In how many parts a stream is read; a folder has a shard for each file."""
     return min(stream.num_shards, 1024)
+
+
+def leave_signals(_):
+    """Give a loading process, which inherits the run's handlers, the usual ones."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)         # Ctrl-C is the run's to answer
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @lru_cache(maxsize=2)                            # a batch may lie in two epochs
@@ -326,7 +340,7 @@ def all_tensors(model, average, optimizer):
     found |= {f"optimizer.{i}.{name}": torch.as_tensor(value)
               for i, values in optimizer.state_dict()["state"].items()
               for name, value in values.items()}
-    return {name: value.detach().contiguous().clone() for name, value in found.items()}
+    return {name: value.detach().cpu().contiguous() for name, value in found.items()}
 
 
 def restore_tensors(tensors, model, average, optimizer):
@@ -344,6 +358,9 @@ def restore_tensors(tensors, model, average, optimizer):
                            if name.startswith("model.")})
     optimizer.load_state_dict({"state": state,
                                "param_groups": optimizer.state_dict()["param_groups"]})
+    for weight, values in optimizer.state.items():       # in the memory format of the weight
+        values |= {name: torch.empty_like(weight).copy_(value) for name, value in values.items()
+                   if torch.is_tensor(value) and value.shape == weight.shape}
 
 
 # ---- the run ---------------------------------------------------------------------------------
@@ -408,10 +425,12 @@ class Run:
         self.losses, self.rates, self.unwritten, self.state = [], [], "", None
         self.lock = None
         self.accelerator = self.start_accelerator()
+        self.layout = (torch.channels_last if self.accelerator.device.type == "cuda"
+                       else torch.contiguous_format)
         self.main, self.device = self.accelerator.is_main_process, self.accelerator.device
         self.passes = self.accelerator.gradient_accumulation_steps
         self.processes = self.accelerator.num_processes
-        self.votes = dist.new_group(backend="gloo") if self.processes > 1 else None
+        self.votes = dist.new_group(backend="gloo", timeout=HOURS) if self.processes > 1 else None
         self.agree(self.claim_output)
         pictures, self.unseen = self.agree(
             lambda: read_pictures(args, image_size, channels), everywhere=True)
@@ -422,26 +441,30 @@ class Run:
         draw_t = partial(draw_timesteps, 1, scheduler.config.num_train_timesteps)
         self.draws = Draws(args, pictures, (channels, image_size, image_size), draw_t,
                            self.accelerator.process_index, self.processes)
-        if args.tf32:
-            torch.set_float32_matmul_precision("high")
-            torch.backends.cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = args.tf32
         torch.manual_seed(args.seed)             # a fresh model's weights
 
     def start_accelerator(self):
         """What is not given here is taken from the launcher or its configuration file."""
         args = self.args
-        passes = args.accumulation or int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
-                                                         1))
         try:
-            return Accelerator(
+            accelerator = Accelerator(
                 mixed_precision=args.mixed_precision, project_dir=self.output,
                 log_with=None if args.tracker == "none" else args.tracker,
                 dynamo_backend="inductor" if args.compile else None,
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=HOURS)],
                 gradient_accumulation_plugin=GradientAccumulationPlugin(
-                    num_steps=passes, sync_with_dataloader=False))
+                    num_steps=args.accumulation, sync_with_dataloader=False))
         except ValueError as error:
             sys.exit(f"--tracker {args.tracker}, --mixed_precision {args.mixed_precision}: "
                      f"{reason(error)}")
+        if accelerator.distributed_type in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+            sys.exit(f"These scripts keep the whole model on each device: "
+                     f"{accelerator.distributed_type} is not for them, use MULTI_GPU.")
+        if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+            sys.exit("Mixed precision fp16 needs a GPU: use bf16 or no.")
+        return accelerator
 
     def say(self, sentence):
         if self.main:
@@ -475,7 +498,8 @@ class Run:
         """Make the folder ours: nothing else in it, no other run, no finished model lost."""
         shown, names = repr(str(self.output)), set()
         if self.output.is_dir():
-            names = {path.name for path in self.output.iterdir()} - {".lock"}
+            names = {path.name for path in self.output.iterdir()
+                     if not path.name.startswith((".", "desktop.ini"))}   # of viewers
         ours = OURS if names & {"losses.csv", "model_index.json"} else set()
         if names - ours:
             sys.exit(f"{shown} holds other things ({', '.join(sorted(names - ours)[:3])}): give "
@@ -502,9 +526,9 @@ class Run:
 
     def count_pictures(self, pictures):
         """Turn epochs into steps, and note what a resumed run must share with this one."""
-        args, per_step = self.args, self.args.batch_size * self.processes * self.passes
+        args, self.per_step = self.args, self.args.batch_size * self.processes * self.passes
         if args.streaming:
-            self.shown, found = "streamed", shards_of(pictures)
+            self.shown, found = "streamed", pictures.num_shards
             if found < self.processes:
                 self.agree(lambda: sys.exit(
                     f"{args.source!r} has {found} shards for {self.processes} processes: start at "
@@ -513,8 +537,9 @@ class Run:
             self.shown = f"{len(pictures):,} pictures"
             found = f"{len(pictures)}, digest {hashlib.sha256(pictures.numpy()).hexdigest()[:8]}"
         if args.epochs:
-            args.steps = math.ceil(args.epochs * len(pictures) / per_step)
-            self.say(f"{args.epochs} epochs of {self.shown}: {args.steps:,} steps of {per_step}.")
+            args.steps = math.ceil(args.epochs * len(pictures) / self.per_step)
+            self.say(f"{args.epochs} epochs of {self.shown}: {args.steps:,} steps of "
+                     f"{self.per_step}.")
         self.settings = {name: value for name, value in vars(args).items() if name not in FREE}
         self.settings |= {"accumulation": self.passes, "processes": self.processes,
                           "mixed_precision": self.accelerator.mixed_precision, "pictures": found}
@@ -548,9 +573,10 @@ class Run:
         self.model, self.average = model, average
         self.optimizer, self.schedule = optimizer, schedule
         if self.position:
-            tensors = load_file(self.position["path"])
+            tensors = self.agree(lambda: load_file(self.position["path"]), everywhere=True)
             restore_tensors(tensors, model, average, optimizer)
             average.optimization_step = self.step = self.position["step"]
+            self.started -= self.position["seconds"]
             schedule.load_state_dict(self.position["schedule"])
             for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
                 group["lr"] = rate
@@ -558,11 +584,11 @@ class Run:
                 self.accelerator.scaler.load_state_dict(self.position["scaler"])
             self.state = self.position["states"][self.accelerator.process_index]
         self.agree(self.open_record)
-        self.saved = self.step
         self.draws.first, self.draws.state = self.step * self.passes, self.state
         background = self.device.type != "cpu"   # there the CPU is free to prepare batches
-        self.loader = iter(DataLoader(self.draws, None, num_workers=int(background),
-                                      pin_memory=self.device.type == "cuda"))
+        ahead = {"num_workers": 1, "prefetch_factor": 8} if background else {}
+        self.loader = iter(DataLoader(self.draws, None, worker_init_fn=leave_signals,
+                                      pin_memory=self.device.type == "cuda", **ahead))
 
     def open_record(self):
         """Remove what an earlier run left; cut losses.csv back to the checkpoint's step."""
@@ -606,7 +632,8 @@ class Run:
             seed = (args.seed + self.step) * self.processes + self.accelerator.process_index
             torch.manual_seed(seed)              # for models with dropout
             yield self.step
-            self.step, self.state, stop = self.step + 1, self.next_state, self.stop_asked()
+            self.step, self.state = self.step + 1, self.next_state
+            stop = self.stop_asked()
             self.rates.append(self.schedule.get_last_lr()[0])
             last = self.step == args.steps
 
@@ -630,26 +657,34 @@ class Run:
 
     def batches(self):
         """The next step's passes: x0 in [-1, 1], timesteps and noise, on the device."""
-        layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
         for _ in range(self.passes):
-            batch = next(self.loader)
+            try:
+                batch = next(self.loader)
+            except OSError:                      # a stream broke off: the last step is whole
+                if self.processes == 1:
+                    del self.losses[self.passes * len(self.rates):]
+                    self.look_at_losses()
+                    self.save_checkpoint()
+                raise
             x0, t, eps = (batch[name].to(self.device, non_blocking=True)
                           for name in ("x0", "t", "eps"))
-            yield ((x0.float() / 127.5 - 1).contiguous(memory_format=layout), t,
-                   eps.contiguous(memory_format=layout))
+            yield ((x0.float() / 127.5 - 1).contiguous(memory_format=self.layout), t,
+                   eps.contiguous(memory_format=self.layout))
         self.next_state = batch["state"]         # counts when the step is complete
 
     # -- between two steps
 
     def look_at_losses(self):
         """Fetch the losses since the last look, all at once; end if one is not a number."""
+        if not self.losses:
+            return
         losses = torch.stack(self.losses).view(1, -1, self.passes)
         losses = self.accelerator.gather(losses).mean((0, 2)).tolist()
         first = self.step - len(losses) + 1
         for step, loss, rate in zip(range(first, self.step + 1), losses, self.rates, strict=True):
             if not math.isfinite(loss):
-                self.say(f"The loss became {loss} at step {step}: lower --learning_rate or try "
-                         f"--mixed_precision no. {self.way_back()}")
+                self.say(f"The loss became {loss} at step {step}: start again with --overwrite and "
+                         "a lower --learning_rate, or with --mixed_precision no.")
                 sys.exit(1)
             self.unwritten += f"{step},{loss!r}\n"
             self.track({"loss": loss, "learning_rate": rate}, step)
@@ -683,8 +718,9 @@ class Run:
         if self.args.tracker != "none":
             settings = {name: value if isinstance(value, (int, float, str)) else str(value)
                         for name, value in self.settings.items()}
+            name = "logs" if self.args.tracker == "tensorboard" else self.output.name
             self.try_to_write(self.args.tracker,
-                              lambda: self.accelerator.init_trackers("logs", settings))
+                              lambda: self.accelerator.init_trackers(name, settings))
 
     def track(self, values, step=None):
         self.try_to_write(self.args.tracker,
@@ -730,10 +766,13 @@ class Run:
         scaler = self.accelerator.scaler
         position = {"step": self.step, "settings": self.settings, "states": states,
                     "schedule": self.schedule.state_dict(),
-                    "scaler": scaler.state_dict() if scaler else None}
+                    "scaler": scaler.state_dict() if scaler else None,
+                    "seconds": time.time() - self.started}
         tensors = all_tensors(self.model, self.average, self.optimizer)
+        if not all(value.isfinite().all() for value in tensors.values()):
+            sys.exit(f"A weight is no longer a finite number at step {self.step}: start again with "
+                     "--overwrite and a lower --learning_rate.")
         write_checkpoint(self.output, tensors, position)
-        self.saved = self.step
 
     def __exit__(self, kind, error, trace):
         """Release the folder; a lost process, connection or memory ends in one sentence."""
@@ -743,26 +782,23 @@ class Run:
         cause, code = None, 1                    # of other errors the traceback says more
         if isinstance(error, KeyboardInterrupt):
             cause, code = "interrupted twice", 130
-        elif isinstance(error, (OSError, torch.OutOfMemoryError)):
-            cause = reason(error)
-        elif isinstance(error, RuntimeError) and self.processes > 1:
+        elif isinstance(error, RuntimeError) and "gloo" in str(error):
             cause = "another process of this run was lost"
-        alone = self.processes == 1 or not self.args.streaming     # the others' places are known
-        if cause and code == 1 and self.main and alone and self.step > self.saved:
-            self.try_to_write("a checkpoint",
-                              lambda: self.write_checkpoint([self.state] * self.processes))
+        elif isinstance(error, (OSError, torch.OutOfMemoryError, dist.DistError)) or (
+                isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")):
+            cause = reason(error)
         if error:
             self.release()
-        if cause:
-            self.say(f"Training ended after step {self.step} ({cause}). {self.way_back()}")
+        if cause:                                # said by the process that knows it
+            tqdm.write(f"Training ended after step {self.step} ({cause}). {self.way_back()}")
             sys.exit(code)
 
     # -- the end
 
     def finish(self, origin="trained on"):
         """Save the averaged weights as a pipeline; then measure it, write its card, upload it."""
-        self.accelerator.end_training()
         if not self.main:
+            self.try_to_write(self.args.tracker, self.accelerator.end_training)
             return
         model, args = self.model.eval(), self.args
         self.average.copy_to(model.parameters())
@@ -773,6 +809,7 @@ class Run:
             self.release()
             sys.exit(f"Could not save the pipeline to {str(self.output)!r} ({reason(error)}): free "
                      f"some space. {self.way_back()}")
+        self.try_to_write(args.tracker, self.accelerator.end_training)
         model.float()                            # what is drawn and measured are the saved weights
         minutes = (time.time() - self.started) / 60
         self.say(f"Saved {self.output} after {minutes:.1f} minutes.")
@@ -785,7 +822,7 @@ class Run:
         card = CARD.format(
             name=self.output.name, parameters=sum(p.numel() for p in model.parameters()),
             size=model.config.sample_size, origin=origin, source=args.source, pictures=self.shown,
-            steps=args.steps, minutes=minutes, quality=quality, grid=grid,
+            steps=args.steps, batch=self.per_step, minutes=minutes, quality=quality, grid=grid,
             command=shlex.join(["python", *sys.argv]))
         self.try_to_write("README.md", lambda: (self.output / "README.md").write_text(card))
         self.try_to_write("losses.png", self.draw_losses)

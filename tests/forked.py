@@ -32,7 +32,7 @@ class Runs:
     def __call__(self, script, *argv, processes=1, kill=None, **environment):
         """Exit codes and prints of the ranks.
 
-        `kill` = (signal, ranks, seconds after the first step, or a checkpoint's step to wait for).
+        `kill` = (signal, ranks, seconds after the output folder holds losses.csv).
         """
         job = {"script": script, "argv": [str(arg) for arg in argv], "processes": processes,
                "kill": kill, "environment": environment}
@@ -88,9 +88,9 @@ def run(modules, job, folder):
         while not (output / "losses.csv").exists() and not collect(False):
             time.sleep(0.005)
         time.sleep(seconds)
-        for rank in ranks:
-            if not collect(False):
-                os.kill(pids[rank], number)
+        collect(False)
+        for pid in {pids[rank] for rank in ranks} - set(codes):
+            os.kill(pid, number)
     collect(True)
     printed = []
     for log in logs:

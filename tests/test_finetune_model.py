@@ -41,7 +41,7 @@ def test_fine_tunes_at_the_given_size(base, tmp_path):
     assert Image.open(output / "samples.png").size == (8 * 26 - 2, 4 * 26 - 2)
     assert DDPMPipeline.from_pretrained(output).unet.config.sample_size == 24
     card = (output / "README.md").read_text()
-    assert f"fine-tuned\nfrom `{base}` on\n`flowers` (16 pictures) for 2 steps" in card
+    assert f"fine-tuned\nfrom `{base}` on\n`flowers` (16 pictures) for 2 steps of 4 " in card
 
 
 def test_it_starts_from_the_base(base, tmp_path):

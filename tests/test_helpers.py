@@ -120,14 +120,14 @@ def test_draw_unet_draws_the_true_skips(layers):
 def test_film_is_an_animation_with_alternative_text():
     shown = film([torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 4, 4)], alt="two frames")
     assert Image.open(io.BytesIO(shown.data)).n_frames == 2
-    assert shown.alt == "two frames"
+    assert shown.metadata == {"alt": "two frames"}
 
 
 def test_display_figure_closes_the_figure_and_keeps_the_text(monkeypatch):
     shown = []
     monkeypatch.setattr("course_utils.plotting.display", shown.append)
     display_figure(show_images(torch.zeros(1, 3, 8, 8)), alt="a grey square")
-    assert shown[0].alt == "a grey square" and not plt.get_fignums()
+    assert shown[0].metadata == {"alt": "a grey square"} and not plt.get_fignums()
 
 
 @pytest.mark.parametrize("answer, expected, verdict", [

@@ -90,12 +90,12 @@ def batch_loss(model, scheduler, x0, t, eps):
 def run_training(args, run, model):
     """Train `model` in place, on as many devices as Accelerate finds; `run` keeps the books."""
     accelerator = run.accelerator
-    model.to(run.device).train()
+    model.to(run.device, memory_format=run.layout).train()
     optimizer, schedule = build_optimizer(args, model)
     average = EMAModel(model.parameters(), args.ema_decay, use_ema_warmup=True, power=0.75,
                        foreach=True)
     run.begin(model, optimizer, schedule, average)
-    spread, optimizer = accelerator.prepare(model, optimizer)   # over the processes
+    spread, optimizer = accelerator.prepare(model, optimizer, device_placement=[True, False])
     for _ in run.steps():                        # each is one step of the optimizer
         for x0, t, eps in run.batches():         # pictures, timesteps, noise
             with accelerator.accumulate(spread):

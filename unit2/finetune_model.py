@@ -30,6 +30,7 @@ def parse_args(argv=None):
     base, output = Path(args.base).expanduser(), Path(args.output).expanduser()
     if base.resolve() == output.resolve():
         parser.error(f"--output {args.output} is the base model itself: give another folder")
+    args.base = str(base) if base.exists() else args.base
     return args
 
 
