@@ -37,30 +37,34 @@ def import_seconds(statement):
 
 
 @torch.no_grad()
-def sampling_seconds(count=32, steps=20):
+def sampling_seconds(count=32, steps=20, at_once=32):
     unet = DDPMPipeline.from_pretrained(ROOT / "course_utils/pretrained/butterflies-32").unet
     solver = DPMSolverMultistepScheduler(
         beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
-    solver.set_timesteps(steps)
-    x = torch.randn(count, 3, 32, 32)
     started = time.perf_counter()
-    for t in solver.timesteps:
-        x = solver.step(unet(x, t).sample, t, x).prev_sample
+    for x in torch.randn(count, 3, 32, 32).split(at_once):
+        solver.set_timesteps(steps)
+        for t in solver.timesteps:
+            x = solver.step(unet(x, t).sample, t, x).prev_sample
     return time.perf_counter() - started
 
 
 # ---- training: pictures a second ---------------------------------------------------------------
 
-def plain_rate(args):
-    """The loop of many tutorials: float32, a picture at a time, .item() at every step."""
+def plain_loader(args):
+    """Pictures decoded and transformed one at a time, as in many tutorials."""
     to_tensor = transforms.Compose([
         transforms.Resize(args.image_size), transforms.CenterCrop(args.image_size),
         transforms.RandomHorizontalFlip(), transforms.ToTensor(),
         transforms.Normalize([0.5], [0.5])])
     dataset = load_images("butterflies", limit=args.limit)
     dataset.set_transform(lambda rows: {"x0": [to_tensor(image) for image in rows["image"]]})
-    loader = torch.utils.data.DataLoader(dataset.select_columns("image"), args.batch_size,
-                                         shuffle=True, drop_last=True)
+    return torch.utils.data.DataLoader(dataset.select_columns("image"), args.batch_size,
+                                       shuffle=True, drop_last=True)
+
+
+def plain_rate(args, loader):
+    """The loop of many tutorials: float32, nothing fused, .item() at every step."""
     torch.manual_seed(0)
     model, scheduler = script.build_model(args), script.make_scheduler()
     average = [p.detach().clone() for p in model.parameters()]
@@ -167,19 +171,25 @@ assert len(pixels) == {count}
 
 
 def training_rows():
-    """(what, value, unit) of training, loading and memory."""
-    plain = plain_rate(script.parse_args(["--limit=512"]))
+    """(what, value, unit) of training, loading and memory, beside plain loops in the same run."""
+    args = script.parse_args(["--limit=512"])
+    loader = plain_loader(args)
+    plain = plain_rate(args, loader)
     yield "training, plain loop", plain, "pictures/s"
-    for name, options in (("AdamW", ["--optimizer=adamw"]),
-                          ("AdamW, --compile", ["--optimizer=adamw", "--compile"]),
-                          ("Muon, --compile", ["--compile"])):
-        rate = launched_rate(1, *options)
+    for name, processes, options in (
+            ("AdamW", 1, ["--optimizer=adamw"]), ("Muon", 1, []),
+            ("AdamW, --compile", 1, ["--optimizer=adamw", "--compile"]),
+            ("AdamW, two processes with half the batch", 2,
+             ["--optimizer=adamw", "--batch_size=8"])):
+        rate = launched_rate(processes, *options)
         yield f"training, the script with {name}", rate, "pictures/s"
         yield "  of the plain loop's", rate / plain, "times"
-    rate = launched_rate(2, "--optimizer=adamw", "--batch_size=8")
-    yield "training, two processes, AdamW, half the batch each", rate, "pictures/s"
-    yield "loader, pictures in memory", loader_rate(), "pictures/s"
-    yield "loader, streamed from Parquet", streamed_rate(), "pictures/s"
+    started = time.perf_counter()
+    plain = sum(len(batch["x0"]) for batch in loader) / (time.perf_counter() - started)
+    yield "loader, plain", plain, "pictures/s"
+    for name, rate in (("in memory", loader_rate()), ("streamed from Parquet", streamed_rate())):
+        yield f"loader, {name}", rate, "pictures/s"
+        yield "  of the plain loader's", rate / plain, "times"
     yield "memory of 200,000 pictures of 32 x 32", memory_of_pictures(), "bytes/value"
 
 
@@ -192,6 +202,7 @@ def rows():
     seconds = sampling_seconds()
     yield "32 pictures of butterflies-32, 20 steps", seconds, "s"
     yield "sampling, 20 steps", 32 / seconds, "pictures/s"
+    yield "  of one picture at a time", sampling_seconds(8, at_once=1) * 4 / seconds, "times"
     yield from training_rows()
     for path in notebooks():
         name = f"{path.parent.name}/{path.name}"
