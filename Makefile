@@ -13,7 +13,7 @@ lab: $(VENV)/installed
 
 test: $(VENV)/installed                          # two at a time, each on one core
 	$(BIN)/ruff check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 # the tests with the lowest versions that requirements.txt allows and this Python has wheels of
 test-lowest: $(BIN)/uv
