@@ -132,7 +132,7 @@ def test_a_hosted_platform_keeps_its_versions(make_platform, remote, tmp_path):
     assert HOSTED.items() <= before.items()
     message, after, imported = run_every_notebook(platform, remote, tmp_path)
     assert message.startswith("Installing open_clip_torch") and "torchmetrics" in message
-    assert not any(f"{name}>" in message for name in ("torch", "diffusers", "datasets"))
+    assert not any(f" {name}>" in message for name in ("torch", "diffusers", "datasets"))
     changed = {name for name, version in before.items() if after.get(name) != version}
     print("changed:", {name: (before[name], after.get(name)) for name in changed})
     print("added:", {name: after[name] for name in sorted(after.keys() - before.keys())})
