@@ -12,6 +12,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from diffusers import DDPMPipeline
 from filelock import FileLock
 from forked import Runs
@@ -354,6 +355,15 @@ def test_a_loss_that_is_not_a_number(tmp_path, monkeypatch, capsys):
         script.main([*TINY, f"--output={tmp_path}", "--steps=6", "--checkpoint_every=4"])
     said = capsys.readouterr().out
     assert stop.value.code == 1 and "became nan at step 5: start again with" in said
+
+
+@pytest.mark.parametrize("name, processes", [
+    ("one_gpu", 1), ("several_gpus", 8), ("several_nodes", 16),
+])
+def test_the_launch_files_are_accelerates(name, processes):
+    path = Path(script.__file__).parent / "accelerate" / f"{name}.yaml"
+    config = load_config_from_file(str(path))
+    assert (config.num_processes, config.mixed_precision) == (processes, "bf16")
 
 
 # ---- the Hub -----------------------------------------------------------------------------------
