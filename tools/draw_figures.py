@@ -1,8 +1,9 @@
-"""Draw the diagrams of the unit pages, with the course's own drawings and model.
+"""Draw the film and the diagrams of the pages, with the course's own drawings and model.
 
 `make figures` runs this. Words are few on purpose: one picture serves the pages of all languages.
 """
 
+import colorsys
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from course_utils.drawings import draw  # noqa: E402
+from course_utils.plotting import tile  # noqa: E402
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#444444"     # Okabe and Ito: safe for colour blindness
 
@@ -75,6 +77,78 @@ def canvas(width, height):
         picture.quantize(256, dither=Image.Dither.NONE).save(ROOT / name, optimize=True)
 
     return ax, save
+
+
+@torch.no_grad()
+def denoising():
+    """A film: twelve butterflies come out of noise by DDIM, and stay for a while."""
+    unet, scheduler = load_model()
+    scheduler.set_timesteps(50)
+    x = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    states = [x]
+    for t in scheduler.timesteps:
+        x = scheduler.step(unet(x, t).sample, t, x).prev_sample
+        states.append(x)
+    frames = []
+    for state in [*states[:16:4], *states[16::2]]:                    # at first little happens
+        # one palette a frame: noise, which cannot be compressed, gets few colours
+        frame = Image.fromarray(tile(state, 6)).quantize(
+            256 if state is x else 64, dither=Image.Dither.NONE).convert("RGB")
+        frames.append(frame.resize((4 * frame.width, 4 * frame.height), Image.Resampling.NEAREST))
+    durations = [500, *[110] * (len(frames) - 2), 3500]
+    frames[0].save(ROOT / "unit1/denoising.webp", save_all=True, append_images=frames[1:],
+                   duration=durations, loop=0, lossless=True, quality=75, method=4)
+
+
+@torch.no_grad()
+def paths_to_data():
+    """Walks of points in the plane, from noise to a spiral, with the ideal denoiser."""
+    angle = 3.5 * torch.pi * ((torch.arange(150) + 0.5) / 150).sqrt()
+    data = angle[:, None] * torch.stack([angle.cos(), angle.sin()], 1) * 1.5 / angle.max()
+    x = 3 * torch.randn(500, 2, generator=torch.Generator().manual_seed(2))
+    levels = [*torch.logspace(np.log10(3), -2.3, 80).tolist(), 0.0]
+    path = [x]
+    for sigma, lower in zip(levels, levels[1:], strict=False):
+        nearness = -torch.cdist(x, data) ** 2 / (2 * sigma**2)
+        x = x + (lower / sigma - 1) * (x - nearness.softmax(1) @ data)
+        path.append(x)
+    path = torch.stack(path)                                           # (81, 500, 2)
+    ax, save = canvas(10, 4.17)
+    middle, scale = torch.tensor([5.0, 2.085]), 1.15
+    colours = plt.get_cmap("viridis")(x.norm(dim=1) / 1.6)
+    for line, colour in zip((middle + scale * path).unbind(1), colours, strict=True):
+        ax.plot(*line.T, color=colour, linewidth=0.7, alpha=0.45)
+        ax.scatter(*line[0], s=3, color=colour, alpha=0.6, linewidths=0)
+    ax.scatter(*(middle + scale * x).T, s=16, c=colours, zorder=3)
+    save("unit1/paths_to_data.png")
+
+
+def steered_colours():
+    """Ten colours asked for by guidance; each row starts from one noise."""
+    unet, scheduler = load_model()
+    unet.requires_grad_(False)
+    line = torch.linspace(-1, 1, 32)
+    y, x = torch.meshgrid(line, line, indexing="ij")
+    wings = ((x.abs() - 0.4) ** 2 + (y + 0.2) ** 2 < 0.2**2).float()
+    wanted = torch.tensor([colorsys.hsv_to_rgb(k / 10, 0.75, 0.85) for k in range(10)])
+    wanted = (2 * wanted - 1).repeat(4, 1).view(40, 3, 1, 1)
+    state = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(4))
+    state = state.repeat_interleave(10, 0)
+    scheduler.set_timesteps(20)
+    for t in scheduler.timesteps:
+        a = scheduler.alphas_cumprod[t]
+        state.requires_grad_()
+        x0_hat = a.sqrt() * state - (1 - a).sqrt() * unet(state, t).sample
+        loss = ((x0_hat - wanted).abs() * wings).sum() / (3 * wings.sum())
+        gradient, = torch.autograd.grad(loss, state)
+        x0_hat = (x0_hat - 100 * (1 - a).sqrt() * gradient).detach().clamp(-1, 1)
+        state = state.detach()
+        v = (a.sqrt() * state - x0_hat) / (1 - a).sqrt()
+        state = scheduler.step(v, t, state).prev_sample
+    ax, save = canvas(10.1, 4.1)
+    for i, picture in enumerate(state):
+        put(ax, picture, 0.1 + i % 10, 3.1 - i // 10, 0.9)
+    save("unit2/steered_colours.png")
 
 
 @torch.no_grad()
@@ -175,6 +249,9 @@ def three_ways():
 
 
 if __name__ == "__main__":
+    denoising()
+    paths_to_data()
+    steered_colours()
     noise_and_back()
     training_steps()
     three_ways()
