@@ -179,7 +179,7 @@ def noise_and_back():
 
 @torch.no_grad()
 def training_steps():
-    """The five steps of training, with what the shipped model really answers at step 4."""
+    """The five parts of a training step, with what the shipped model really predicts at 4."""
     unet, scheduler = load_model()
     levels = torch.tensor([100, 350, 600, 850])
     clean = torch.stack([butterfly(i) for i in (0, 3, 9, 12)])
@@ -187,12 +187,12 @@ def training_steps():
     noisy = scheduler.add_noise(clean, noise, levels)
     v = unet(noisy, levels).sample
     a = scheduler.alphas_cumprod[levels].view(-1, 1, 1, 1)
-    guesses = a.sqrt() * noisy - (1 - a).sqrt() * v
+    predictions = a.sqrt() * noisy - (1 - a).sqrt() * v
     ax, save = canvas(10.1, 5.75)
     rows = [4.05 - 1.08 * i for i in range(4)]
     middle = rows[-1] + (rows[0] + 1 - rows[-1]) / 2
     for i, y in enumerate(rows):
-        for x, picture in zip((0.1, 2.1, 7.0, 9.0), (clean[i], noisy[i], guesses[i], clean[i]),
+        for x, picture in zip((0.1, 2.1, 7.0, 9.0), (clean[i], noisy[i], predictions[i], clean[i]),
                               strict=True):
             put(ax, picture, x, y)
         arrow(ax, (1.2, y + 0.5), (2.05, y + 0.5))
