@@ -140,7 +140,7 @@ def steered_colours():
         state.requires_grad_()
         x0_hat = a.sqrt() * state - (1 - a).sqrt() * unet(state, t).sample
         loss = ((x0_hat - wanted).abs() * wings).sum() / (3 * wings.sum())
-        gradient, = torch.autograd.grad(loss, state)
+        (gradient,) = torch.autograd.grad(loss, state)
         x0_hat = (x0_hat - 100 * (1 - a).sqrt() * gradient).detach().clamp(-1, 1)
         state = state.detach()
         v = (a.sqrt() * state - x0_hat) / (1 - a).sqrt()
