@@ -9,6 +9,7 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 FEWEST = 64                                     # pictures; below it the floor hides real damage
+SMALLEST = 9                                    # pixels a side; below it a deviation has one place
 
 
 class RandomFeatures(nn.Module):
@@ -74,12 +75,15 @@ def measure(pictures: torch.Tensor, real: torch.Tensor, resamples: int = 8) -> M
     shows by how much. Each of `resamples` draws takes new real sets; eight give a spread that is
     itself uncertain by a quarter. Half of the generated pictures is drawn anew for the spread,
     which makes it that of all of them (the jackknife of Shao and Wu 1989, half left out).
-    Raises ValueError below 64 pictures.
+    Raises ValueError below 64 pictures, and below 9 x 9 pixels.
     """
     n = min(len(pictures), len(real) // 2)
     if n < FEWEST:
         raise ValueError(f"Got {len(pictures)} pictures and {len(real)} real ones: give at least "
                          f"{FEWEST} and {2 * FEWEST}, fewer cannot be told from noise.")
+    if min(pictures.shape[-2:]) < SMALLEST:
+        raise ValueError(f"Got pictures of {' x '.join(map(str, pictures.shape[-2:]))} pixels: "
+                         f"give at least {SMALLEST} x {SMALLEST}.")
     network = RandomFeatures().to(pictures.device)
     made, true = (torch.cat([network(part) for part in images.to(pictures.device).split(256)]).cpu()
                   for images in (pictures, real))

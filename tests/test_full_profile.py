@@ -144,6 +144,5 @@ def test_a_shared_model_is_fine_tuned_from_its_name(hub, columns, tmp_path):
 def test_nothing_but_the_hub_is_asked(hub, columns):
     for each in columns.values():
         each.result()
-    hosts = {host for _, host, _ in hub.asked}   # the last three: nothing that is needed
-    assert hosts <= {"hub.test", "store.test", "datasets-server.hub.test", "s3.amazonaws.com",
-                     "api.gradio.app"}
+    hosts = {host for _, host, _ in hub.asked}   # the last two: nothing that is needed
+    assert hosts <= {"hub.test", "store.test", "datasets-server.hub.test", "s3.amazonaws.com"}

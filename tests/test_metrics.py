@@ -104,6 +104,13 @@ def test_too_few_pictures(made, real):
         metrics.measure(torch.zeros(made, 1, 8, 8), torch.zeros(real, 1, 8, 8))
 
 
+def test_the_smallest_pictures():
+    x = torch.rand(128, 1, 9, 9, generator=torch.Generator().manual_seed(0))
+    assert torch.tensor(metrics.measure(x[:64], x)).isfinite().all()
+    with pytest.raises(ValueError, match="Got pictures of 8 x 9 pixels: .* 9 x 9"):
+        metrics.measure(x[:64, :, 1:], x[:, :, 1:])
+
+
 def test_frechet_distance_of_known_gaussians():
     """Of x and 1 + 2 x with mean 0: one for each of 96 features, and the trace of (2 - 1)^2 cov."""
     x = torch.randn(500, 96, generator=torch.Generator().manual_seed(0))
