@@ -179,6 +179,7 @@ def training_rows():
     for name, processes, options in (
             ("AdamW", 1, ["--optimizer=adamw"]), ("Muon", 1, []),
             ("AdamW, --compile", 1, ["--optimizer=adamw", "--compile"]),
+            ("AdamW, two processes", 2, ["--optimizer=adamw"]),
             ("AdamW, two processes with half the batch", 2,
              ["--optimizer=adamw", "--batch_size=8"])):
         rate = launched_rate(processes, *options)
