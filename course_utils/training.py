@@ -368,7 +368,7 @@ def restore_tensors(tensors, model, average, optimizer):
 def build_optimizer(args, model):
     """The optimizer that the options ask for, and its learning rate over the run."""
     if args.optimizer == "muon":
-        optimizer = Muon(model.named_parameters(), args.learning_rate)
+        optimizer = Muon(model.named_parameters(), args.learning_rate, nesterov=True)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, betas=(0.9, 0.99),
                                       fused=True)
