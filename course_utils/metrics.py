@@ -9,7 +9,6 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 FEWEST = 64                                     # pictures; below it the floor hides real damage
-SMALLEST = 9                                    # pixels a side; below it a deviation has one place
 
 
 class RandomFeatures(nn.Module):
@@ -81,9 +80,8 @@ def measure(pictures: torch.Tensor, real: torch.Tensor, resamples: int = 8) -> M
     if n < FEWEST:
         raise ValueError(f"Got {len(pictures)} pictures and {len(real)} real ones: give at least "
                          f"{FEWEST} and {2 * FEWEST}, fewer cannot be told from noise.")
-    if min(pictures.shape[-2:]) < SMALLEST:
-        raise ValueError(f"Got pictures of {' x '.join(map(str, pictures.shape[-2:]))} pixels: "
-                         f"give at least {SMALLEST} x {SMALLEST}.")
+    if min(size := tuple(pictures.shape[-2:])) < 9:     # else a deviation of one place
+        raise ValueError(f"Got pictures of {size} pixels: give at least 9 x 9.")
     network = RandomFeatures().to(pictures.device)
     made, true = (torch.cat([network(part) for part in images.to(pictures.device).split(256)]).cpu()
                   for images in (pictures, real))

@@ -107,7 +107,7 @@ def test_too_few_pictures(made, real):
 def test_the_smallest_pictures():
     x = torch.rand(128, 1, 9, 9, generator=torch.Generator().manual_seed(0))
     assert torch.tensor(metrics.measure(x[:64], x)).isfinite().all()
-    with pytest.raises(ValueError, match="Got pictures of 8 x 9 pixels: .* 9 x 9"):
+    with pytest.raises(ValueError, match=r"Got pictures of \(8, 9\) pixels: .* 9 x 9"):
         metrics.measure(x[:64, :, 1:], x[:, :, 1:])
 
 
