@@ -9,6 +9,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from run_notebooks import ROOT, source_with
 
+from course_utils.hub import explained
+
 NOTEBOOK = nbformat.read(ROOT / "unit1" / "01_introduction_to_diffusers.ipynb", as_version=4)
 cell = partial(source_with, notebook=NOTEBOOK)
 
@@ -89,7 +91,8 @@ def test_sharing_needs_a_token_and_uploads_pipeline_and_card(monkeypatch, capsys
         lambda self, repository: pushed.append((self.data.library_name, repository)))
     config = SimpleNamespace(image_size=32, source="butterflies", train_steps=5, solver_steps=20)
     exec(cell("push_to_hub(repository)"), {"my_pipeline": Pipeline(), "config": config,
-                                           "quality": {"your model": "3.0"}})
+                                           "quality": {"your model": "3.0"},
+                                           "explained": explained})
     assert printed in capsys.readouterr().out
     repository = "me/my-butterflies"
     assert pushed == ([("pipeline", repository), ("diffusers", repository)] if token else [])
