@@ -21,6 +21,8 @@ pytestmark = [pytest.mark.launch, pytest.mark.slow]
 # What Colab comes with, on Python 3.12: not the newest, much of it pinned by the rest. From the
 # list that Google keeps, github.com/googlecolab/backend-info, pip-freeze.gpu.txt, of June 2026
 # (commit 03a89033). Of what the course needs, open_clip and torchmetrics are missing.
+# Kaggle builds on Colab's image (github.com/Kaggle/docker-python, Dockerfile.tmpl) and pins some
+# packages lower, matplotlib below 3.8 among them: there the launch cell asks for one restart.
 HOSTED_PYTHON = "3.12"
 HOSTED = {
     "torch": "2.11.0", "torchvision": "0.26.0", "numpy": "2.0.2", "scipy": "1.16.3",
