@@ -41,7 +41,7 @@ slug: $(VENV)/installed
 
 # times and memory of the notebooks and helpers; a table, no verdict
 bench: $(VENV)/installed
-	$(BIN)/python tools/bench.py
+	PYTHONPATH=. $(BIN)/python tools/bench.py
 
 # run the notebooks and keep their outputs in the repository
 store: $(VENV)/installed
