@@ -79,21 +79,24 @@ def canvas(width, height):
     return ax, save
 
 
+def states_of_ddim(unet, scheduler, count, seed):
+    """The states (count, 3, 32, 32) of 50 steps of DDIM, from noise to butterflies."""
+    scheduler.set_timesteps(50)
+    states = [torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))]
+    for t in scheduler.timesteps:
+        state = states[-1]
+        states.append(scheduler.step(unet(state, t).sample, t, state).prev_sample)
+    return states
+
+
 @torch.no_grad()
 def denoising():
     """A film: twelve butterflies come out of noise by DDIM, and stay for a while."""
-    unet, scheduler = load_model()
-    scheduler.set_timesteps(50)
-    x = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(5))
-    states = [x]
-    for t in scheduler.timesteps:
-        x = scheduler.step(unet(x, t).sample, t, x).prev_sample
-        states.append(x)
-    frames = []
+    states, frames = states_of_ddim(*load_model(), count=12, seed=5), []
     for state in [*states[:16:4], *states[16::2]]:                    # at first little happens
         # one palette a frame: noise, which cannot be compressed, gets few colours
         frame = Image.fromarray(tile(state, 6)).quantize(
-            256 if state is x else 64, dither=Image.Dither.NONE).convert("RGB")
+            256 if state is states[-1] else 64, dither=Image.Dither.NONE).convert("RGB")
         frames.append(frame.resize((4 * frame.width, 4 * frame.height), Image.Resampling.NEAREST))
     durations = [500, *[110] * (len(frames) - 2), 3500]
     frames[0].save(ROOT / "unit1/denoising.webp", save_all=True, append_images=frames[1:],
@@ -160,12 +163,7 @@ def noise_and_back():
     noise = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(2))
     noised = scheduler.add_noise(butterfly(3).expand(count, -1, -1, -1),
                                  noise.expand(count, -1, -1, -1), levels)
-    scheduler.set_timesteps(50)
-    x = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    states = [x]
-    for t in scheduler.timesteps:
-        x = scheduler.step(unet(x, t).sample, t, x).prev_sample
-        states.append(x)
+    states = states_of_ddim(unet, scheduler, count=1, seed=1)
     kept = torch.linspace(len(states) - 1, 0, count).long()      # clean on the left, as above
     right = 0.1 + count * step - 0.1
     ax, save = canvas(right + 0.1, 3.0)
