@@ -60,8 +60,7 @@ def build_unet(image_size, widths, in_channels=3, out_channels=3, **options):
 
 def build_model(args):
     """The UNet that the options ask for."""
-    small = build_unet(args.image_size, args.widths, args.channels, args.channels,
-                       resnet_time_scale_shift="scale_shift")
+    small = build_unet(args.image_size, args.widths, args.channels, args.channels)
     return UNet2DModel.from_config(small.config, layers_per_block=args.layers)
 
 
