@@ -9,6 +9,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 import torch
 from PIL import Image, ImageOps
 
@@ -105,6 +106,26 @@ def _picture_splits(pictures):
     return splits
 
 
+def _parquet_rows(files, columns):
+    """Rows of Parquet files, page by page: `datasets` would hold several groups of rows."""
+    for file in files:
+        with pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=2**20) as table:
+            if set(columns) - set(table.schema_arrow.names):
+                raise ValueError(f"{Path(file).name} lacks columns of the other files")
+            for batch in table.iter_batches(256):
+                yield from batch.to_pylist()
+
+
+def _parquet_streams(builder):
+    """The splits of a builder of local Parquet files, streamed with a shard for each file."""
+    files = {split: list(paths) for split, paths in builder.config.data_files.items()}
+    schema = pyarrow.parquet.read_schema(next(iter(files.values()))[0])
+    features = builder.info.features or datasets.Features.from_arrow_schema(schema)
+    return {split: datasets.IterableDataset.from_generator(
+        _parquet_rows, features, gen_kwargs={"files": paths, "columns": tuple(features)})
+        for split, paths in files.items()}
+
+
 def _local_splits(path, source, streaming):
     """All splits of a folder or file; warns of the files that are in none of them."""
     files = list(_files(path)) if path.is_dir() else [path]
@@ -114,11 +135,15 @@ def _local_splits(path, source, streaming):
         splits = _picture_splits(pictures)
         used = {each["path"] for part in splits.values() for each in _undecoded(part)["image"]}
         left = [each for each in files if str(each) not in used]
-    elif suffixes and path.is_dir():
-        splits = datasets.load_dataset(str(path), streaming=streaming)
     elif suffixes:
-        splits = datasets.load_dataset(TABLES[suffixes.pop()], streaming=streaming,
-                                       data_files={"train": glob.escape(str(path))})
+        tables = {"path": str(path)}
+        if path.is_file():
+            tables = {"path": TABLES[path.suffix.lower()],
+                      "data_files": {"train": glob.escape(str(path))}}
+        if streaming and suffixes == {".parquet"}:
+            splits = _parquet_streams(datasets.load_dataset_builder(**tables))
+        else:
+            splits = datasets.load_dataset(**tables, streaming=streaming)
     else:
         raise ValueError(f"Pillow opens none of {len(files)} file(s): {_named(files)}")
     _warn(source, "Left out {} file(s) unknown to Pillow or beside split or class folders", left)

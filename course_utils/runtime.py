@@ -38,12 +38,14 @@ def start(seed: int = 0) -> SimpleNamespace:
     """Seed every generator, choose profile and device, and print the choice in one line.
 
     On a GPU, float32 keeps all its bits (no TF32), so that numbers compare on every device.
-    Returns `profile` ("quick" or "full"), `device` (a torch.device) and `seed`. The environment
-    variable COURSE_PROFILE overrides the choice. Raises ValueError when it is misspelt and
-    ConnectionError when it asks for "full" and the Hub does not answer.
+    Returns `profile` ("quick" or "full"), `device` (a torch.device), `bf16` (whether its GPU
+    computes in bfloat16; Colab's T4 does not) and `seed`. The environment variable COURSE_PROFILE
+    overrides the choice. Raises ValueError when it is misspelt and ConnectionError when it asks for
+    "full" and the Hub does not answer.
     """
     device = ("cuda" if torch.cuda.is_available()
               else "mps" if torch.backends.mps.is_available() else "cpu")
+    bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     profile, why = _pick_profile(device)
     random.seed(seed)
     np.random.seed(seed)
@@ -57,7 +59,7 @@ def start(seed: int = 0) -> SimpleNamespace:
         f"{module.__name__} {module.__version__}" for module in (torch, diffusers, datasets)]
     print(f"Profile {profile} ({why}) · device {device} · {' · '.join(versions)} · to change: "
           "set COURSE_PROFILE=quick or full before starting Jupyter")
-    return SimpleNamespace(profile=profile, device=torch.device(device), seed=seed)
+    return SimpleNamespace(profile=profile, device=torch.device(device), bf16=bf16, seed=seed)
 
 
 def choose(profile: str, **columns: tuple) -> SimpleNamespace:

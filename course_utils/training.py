@@ -292,7 +292,34 @@ def read_pictures(args, image_size, channels):
         unseen = to_pixels(unseen, image_size, channels).float() / 127.5 - 1
     if args.streaming:
         return open_source(args.source, streaming=True).select_columns("image"), unseen
-    return to_pixels(load_images(args.source, limit=args.limit), image_size, channels), unseen
+    if args.limit or args.source in BUILT_IN or not Path(args.source).expanduser().exists():
+        return to_pixels(load_images(args.source, limit=args.limit), image_size, channels), unseen
+    return read_whole(args.source, image_size, channels), unseen
+
+
+def read_whole(source, image_size, channels):
+    """The readable pictures of a folder or file, uint8 (N, C, H, W), without a cache on the disk.
+
+    At the peak they take one byte a value: a bytearray grows where it lies.
+    """
+    pixels, count, left_out = bytearray(), 0, []
+    try:
+        for row in open_source(source, streaming=True).select_columns("image"):
+            if image := open_picture(row["image"]):
+                pixels += to_square(image, image_size, channels).tobytes()
+            else:
+                left_out.append((row["image"] or {}).get("path") or f"row {count}")
+            count += 1
+    except Exception as error:                   # readers of damaged files raise anything
+        raise ValueError(f"Could not read {source!r} behind {count} pictures: {reason(error)}"
+                         ) from None
+    names = ", ".join(map(str, left_out[:5])) + (" …" if len(left_out) > 5 else "")
+    if not pixels:
+        raise ValueError(f"No readable picture in {source!r}: give at least one intact picture.")
+    if left_out:
+        warnings.warn(f"Skipped {len(left_out)} unreadable picture(s) in {source!r}: {names}",
+                      stacklevel=2)
+    return torch.frombuffer(pixels, dtype=torch.uint8).view(-1, channels, image_size, image_size)
 
 
 # ---- checkpoints: one file each, which carries its digest in its name --------------------------

@@ -506,9 +506,9 @@ def test_dataset_files_stream_a_shard_each(tmp_path):
 
 MEMORY = """
 import re, sys
-from course_utils.data import load_images, to_pixels
+from course_utils.training import read_whole
 def measure(path):
-    pixels = to_pixels(load_images(path), 32)
+    pixels = read_whole(path, 32, 3)
     status = open("/proc/self/status").read()    # getrusage would count the parent's peak, too
     return pixels.numel(), int(re.search("VmHWM: *(.*) kB", status.expandtabs())[1]) * 1024
 _, before = measure(sys.argv[1])

@@ -19,8 +19,9 @@ from course_utils.data import load_images
 from course_utils.drawings import draw
 
 CLIP = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
-# as in full, but small enough for a CPU; the names stay
+# as in full on a GPU that computes in bfloat16, but small enough for a CPU; the names stay
 SMALL = """
+run.bf16 = True
 config.batch_size = 4
 config.image_size = min(getattr(config, "image_size", 24), 24)
 if hasattr(config, "widths"):
@@ -126,6 +127,8 @@ def test_full_column_runs_every_cell_with_the_hub(path, columns):
     assert results_of(notebook) and all(map(math.isfinite, results_of(notebook).values()))
     start = next(cell for cell in notebook.cells if "run = start(" in cell.source)
     assert any("Profile full" in output.get("text", "") for output in start.outputs)
+    assert any("autocast(device.type, torch.bfloat16, enabled=run.bf16)" in cell.source
+               for cell in notebook.cells)
 
 
 @pytest.mark.slow

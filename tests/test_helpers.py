@@ -163,7 +163,7 @@ def no_gpu(monkeypatch):
 def test_start_picks_quick_without_a_gpu_and_says_so_in_one_line(no_gpu, capsys):
     run = runtime.start(seed=3)
     out = capsys.readouterr().out
-    assert run.profile == "quick" and run.device.type == "cpu"
+    assert run.profile == "quick" and run.device.type == "cpu" and not run.bf16
     assert out.count("\n") == 1 and "no GPU found" in out and "COURSE_PROFILE" in out
 
 
@@ -219,14 +219,14 @@ def test_timed_waits_for_the_device(monkeypatch):
 
 
 def test_course_utils_stays_thin():
-    """Under 910 lines that hold something, and half of the functions at most ten lines long.
+    """Under 960 lines that hold something, and half of the functions at most ten lines long.
 
-    A fifth of them says in one sentence what is wrong with a folder or with the Hub. What only the
-    training scripts use does not count.
+    A fifth of them says in one sentence what is wrong with a folder or with the Hub; some 30 stood
+    in the first cell of each notebook before. What only the training scripts use does not count.
     """
     sources = [path.read_text() for path in Path(course_utils.__file__).parent.glob("*.py")
                if path.stem != "training"]
-    assert sum(bool(line.strip()) for text in sources for line in text.splitlines()) < 910
+    assert sum(bool(line.strip()) for text in sources for line in text.splitlines()) < 960
     lengths = [node.end_lineno - node.lineno + 1 for text in sources
                for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
     assert median(lengths) <= 10

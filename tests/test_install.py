@@ -209,8 +209,7 @@ def fetched(run_cell, remote):
     return (run_cell.folder / "course/requirements.txt").exists()
 
 
-INTERNET = ("Could not fetch the course: switch the notebook's internet on "
-            "(on Kaggle: Settings, Internet) and run this cell again (")
+INTERNET = "Switch the internet on and run this again: "
 
 
 def test_no_network_says_what_to_do(run_cell, remote):
@@ -261,7 +260,7 @@ FULL = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
     ids=["a full disk", "a folder where nobody writes"])
 def test_a_disk_that_takes_no_file_is_not_blamed_on_the_internet(run_cell, remote, before, words):
     sentence = one_sentence(run_cell(remote, before))
-    assert sentence.startswith("Could not fetch the course: make room for 20 MB, or work in a ")
+    assert sentence.startswith("Could not unpack the course: make room for 20 MB, or work in a ")
     assert words in sentence
     assert list(run_cell.folder.iterdir()) == []
     assert fetched(run_cell, remote)

@@ -64,7 +64,7 @@ def test_notebooks_open_on_every_platform(path):
     first, *_ = cells = nbformat.read(path, as_version=4).cells
     assert platforms_of(first.source, path) == set(PLATFORMS)
     launch = next(cell.source for cell in cells if has_tag(cell, "launch"))
-    assert f'repository = "https://github.com/{SLUG}"' in launch
+    assert f'address = "https://github.com/{SLUG}/archive/main.zip"' in launch
 
 
 @pytest.mark.parametrize("page", sorted(ROOT.glob("unit*/README*.md")),

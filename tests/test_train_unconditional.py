@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit1"))
 import train_unconditional as script
 
 from course_utils import training
-from course_utils.data import load_images
+from course_utils.data import load_images, to_pixels
 
 TINY = ["--limit=16", "--batch_size=8", "--image_size=16", "--widths", "32", "32",
         "--sample_every=0", "--tracker=none", "--log_every=2"]
@@ -182,6 +182,26 @@ def test_a_stream_leaves_out_what_it_cannot_read_and_ends_if_that_is_all(tmp_pat
         (tmp_path / f"{broken}.png").write_bytes(b"\x89PNG broken")
     with pytest.raises(OSError, match="no readable picture"), pytest.warns(UserWarning):
         take(draws(training.read_pictures(args, 4, 1)[0], 4), 1)
+
+
+@pytest.mark.parametrize("kind", ["pictures", "Parquet"])
+def test_pictures_in_memory_are_those_of_the_notebooks_and_what_is_left_out_is_named(
+        tmp_path, kind):
+    if kind == "Parquet":
+        folder = shards(tmp_path / "p")
+        rows = [{"image": {"bytes": b"broken", "path": "b.png"}}, {"image": None}]
+        features = datasets.Features({"image": datasets.Image()})
+        datasets.Dataset.from_list(rows, features).to_parquet(tmp_path / "p/3.parquet")
+    else:
+        folder = str(tmp_path)
+        for i in range(24):
+            Image.new("L", (4, 4), i).save(tmp_path / f"{i:02}.png")
+        for name in ("b.png", "c.png"):
+            (tmp_path / name).write_bytes(b"\x89PNG broken")
+    with pytest.warns(UserWarning, match=r"Skipped 2 unreadable picture.s. in .*b\.png"):
+        pictures = training.read_whole(folder, 8, 3)
+    with pytest.warns(UserWarning):
+        assert torch.equal(pictures, to_pixels(load_images(folder), 8, 3))
 
 
 def test_epochs_count_pictures(tmp_path, capsys):

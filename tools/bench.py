@@ -26,7 +26,7 @@ from course_utils.training import Draws, Run, read_pictures
 sys.path.insert(0, str(ROOT / "unit1"))
 import train_unconditional as script
 
-STEPS, SKIP = 40, 10                             # steps timed, and not, of each training
+STEPS, SKIP = 30, 8                              # steps timed, and not, of each training
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
@@ -152,11 +152,11 @@ def memory_of_pictures(count=200_000):
     code = f"""
 import re, sys
 from pathlib import Path
-from course_utils.data import load_images, to_pixels
+from course_utils.training import read_whole
 def peak():                                      # getrusage would count the parent's, too
     return 1024 * int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
 before = peak()
-pixels = to_pixels(load_images(sys.argv[1]), 32)
+pixels = read_whole(sys.argv[1], 32, 3)
 print((peak() - before) / pixels.numel())
 assert len(pixels) == {count}
 """
@@ -172,19 +172,25 @@ assert len(pixels) == {count}
 
 def training_rows():
     """(what, value, unit) of training, loading and memory, beside plain loops in the same run."""
-    args = script.parse_args(["--limit=512"])
-    loader = plain_loader(args)
-    plain = plain_rate(args, loader)
-    yield "training, plain loop", plain, "pictures/s"
-    for name, processes, options in (
-            ("AdamW", 1, ["--optimizer=adamw"]), ("Muon", 1, []),
-            ("AdamW, --compile", 1, ["--optimizer=adamw", "--compile"]),
-            ("AdamW, two processes", 2, ["--optimizer=adamw"]),
-            ("AdamW, two processes with half the batch", 2,
-             ["--optimizer=adamw", "--batch_size=8"])):
+    plain = {}
+    for size in (16, 128):
+        args = script.parse_args(["--limit=512", f"--batch_size={size}"])
+        loader = plain_loader(args)
+        plain[size] = plain_rate(args, loader)
+        yield f"training, plain loop, {size} pictures a step", plain[size], "pictures/s"
+    adamw = "--optimizer=adamw"
+    for name, processes, size, options in (
+            ("AdamW", 1, 16, [adamw]), ("Muon", 1, 16, []),
+            ("AdamW, bf16", 1, 16, [adamw, "--mixed_precision=bf16"]),
+            ("AdamW, --compile", 1, 16, [adamw, "--compile"]),
+            ("AdamW, two processes, 8 each", 2, 16, [adamw, "--batch_size=8"]),
+            ("AdamW, two processes, 16 each", 2, 16, [adamw]),
+            ("AdamW, two processes, 64 each", 2, 128, [adamw, "--batch_size=64"]),
+            ("AdamW, two processes, 64 each, bf16", 2, 128,
+             [adamw, "--batch_size=64", "--mixed_precision=bf16"])):
         rate = launched_rate(processes, *options)
         yield f"training, the script with {name}", rate, "pictures/s"
-        yield "  of the plain loop's", rate / plain, "times"
+        yield f"  of the plain loop's with {size}", rate / plain[size], "times"
     started = time.perf_counter()
     plain = sum(len(batch["x0"]) for batch in loader) / (time.perf_counter() - started)
     yield "loader, plain", plain, "pictures/s"
