@@ -11,9 +11,9 @@ course: $(VENV)/installed
 lab: $(VENV)/installed
 	$(BIN)/jupyter lab
 
-test: $(VENV)/installed                          # two at a time, each on one core
+test: $(VENV)/installed                          # two files at a time, each on one core
 	$(BIN)/ruff check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # the tests with the lowest versions that requirements.txt allows and this Python has wheels of
 test-lowest: $(BIN)/uv

@@ -110,19 +110,27 @@ def _parquet_rows(files, columns):
     """Rows of Parquet files, page by page: `datasets` would hold several groups of rows."""
     for file in files:
         with pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=2**20) as table:
-            if set(columns) - set(table.schema_arrow.names):
-                raise ValueError(f"{Path(file).name} lacks columns of the other files")
-            for batch in table.iter_batches(256):
-                yield from batch.to_pylist()
+            for batch in table.iter_batches(32):
+                for row in batch.to_pylist():
+                    for name in columns:         # the path of bytes is no file of this machine
+                        cell = row.get(name) or {}
+                        if cell.get("bytes") is not None:
+                            row[name] = cell | {"path": f"{file}/{cell.get('path')}"}
+                        elif not cell.get("path"):
+                            row[name] = None
+                    yield row
 
 
-def _parquet_streams(builder):
-    """The splits of a builder of local Parquet files, streamed with a shard for each file."""
-    files = {split: list(paths) for split, paths in builder.config.data_files.items()}
-    schema = pyarrow.parquet.read_schema(next(iter(files.values()))[0])
-    features = builder.info.features or datasets.Features.from_arrow_schema(schema)
+def _parquet_streams(files, features):
+    """Splits of Parquet files, streamed with a shard for each file; pictures stay undecoded."""
+    if features is None:
+        schema = pyarrow.parquet.read_schema(next(iter(files.values()))[0])
+        features = datasets.Features.from_arrow_schema(schema)
+    columns = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+    features = datasets.Features(
+        {**features, **dict.fromkeys(columns, datasets.Image(decode=False))})
     return {split: datasets.IterableDataset.from_generator(
-        _parquet_rows, features, gen_kwargs={"files": paths, "columns": tuple(features)})
+        _parquet_rows, features, gen_kwargs={"files": paths, "columns": tuple(columns)})
         for split, paths in files.items()}
 
 
@@ -140,8 +148,10 @@ def _local_splits(path, source, streaming):
         if path.is_file():
             tables = {"path": TABLES[path.suffix.lower()],
                       "data_files": {"train": glob.escape(str(path))}}
-        if streaming and suffixes == {".parquet"}:
-            splits = _parquet_streams(datasets.load_dataset_builder(**tables))
+        builder = datasets.load_dataset_builder(**tables)
+        files = {str(split): list(paths) for split, paths in builder.config.data_files.items()}
+        if streaming and all(each.endswith(".parquet") for each in sum(files.values(), [])):
+            splits = _parquet_streams(files, builder.info.features)
         else:
             splits = datasets.load_dataset(**tables, streaming=streaming)
     else:

@@ -1,7 +1,4 @@
-"""What the notebooks' first cell runs, before anything is installed: fetch, put in place, install.
-
-The cell runs this file from the course's folder or, where there is none, out of an archive of it.
-"""
+"""Install what the course needs and this Python lacks; the notebooks' first cell ends here."""
 
 import importlib
 import os
@@ -15,6 +12,7 @@ from packaging.requirements import Requirement  # comes with Jupyter
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
+REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.txt"
 KEEP = ("torch", "torchvision", "numpy")         # built for each other and the platform's GPU
 AGAIN = "switch the notebook's internet on (on Kaggle: Settings, Internet) and run this cell again"
 
@@ -73,40 +71,23 @@ def reason(text):
     return (errors or lines)[-1]
 
 
-def unpack(archive, course):
-    """Unpack the only folder of `archive` to the folder `course`: the whole of it or nothing.
-
-    Raises RuntimeError with one sentence that says what to do.
-    """
-    remedy = "make room for 20 MB, or work in a folder that you may write to,"
-    try:
-        with tempfile.TemporaryDirectory(dir=course.parent) as folder:
-            archive.extractall(folder)
-            remedy = f"give your own {course} another name"
-            next(Path(folder).iterdir()).rename(course)
-    except Exception as error:
-        raise RuntimeError(f"Could not unpack the course: {remedy} and run this cell again "
-                           f"({error}).") from None
-
-
-def install_missing(course):
+def install_missing():
     """Install only what is missing or out of range; inside a clone, only say what that is.
 
     Everything else keeps its version. Where that cannot be, only `KEEP` does. Raises RuntimeError
     with one sentence that says what to do when pip fails.
     """
-    requirements = course / "requirements.txt"
     if sys.version_info < (3, 10):  # noqa: UP036, nothing has checked it yet
         raise RuntimeError("The course needs Python 3.10 or newer: choose another kernel, or on "
                            "Studio Lab let it build the environment of environment.yml.")
     versions = installed_versions()
-    wanted = unmet(requirements.read_text(encoding="utf-8").splitlines(), versions)
+    wanted = unmet(REQUIREMENTS.read_text(encoding="utf-8").splitlines(), versions)
     if not wanted:
         return
     names = ", ".join(map(str, wanted))
-    in_clone = Path.cwd().is_relative_to(course)
+    in_clone = Path.cwd().is_relative_to(REQUIREMENTS.parent)
     if in_clone and "PAPERSPACE_FQDN" not in os.environ:     # Gradient opens a clone of its own
-        print(f'This Python lacks {names}: run %pip install -r "{requirements}" in a cell.')
+        print(f'This Python lacks {names}: run %pip install -r "{REQUIREMENTS}" in a cell.')
         return
     print(f"Installing {names}; this can take some minutes.")
     to_install = {canonicalize_name(r.name) for r in wanted}
@@ -116,24 +97,11 @@ def install_missing(course):
     if "ResolutionImpossible" in done.stderr:
         done = pip_install(wanted, {n: v for n, v in pinned.items() if n in KEEP})
     if done.returncode != 0:
-        raise RuntimeError(f"Could not install {names}: {AGAIN} (pip said: "
+        offline = "No matching distribution" in done.stderr or "onnection" in done.stderr
+        advice = AGAIN if offline else f'run %pip install -r "{REQUIREMENTS}" in a Python of yours'
+        raise RuntimeError(f"Could not install {names}: {advice} (pip said: "
                            f"{reason(done.stderr)}).")
     importlib.invalidate_caches()
     if loaded:
         print(f"Replaced while in use: {', '.join(loaded)}. "
               "Restart the kernel once and run from the top.")
-
-
-def install_course(found, place):
-    """Make the course ready to import; returns its folder.
-
-    `found` is that folder, or one in an archive that was just fetched (a `zipfile.Path`), which is
-    then unpacked to the folder `place`.
-    """
-    if isinstance(found, Path):
-        place = found
-    else:
-        unpack(found.root, place)
-    sys.path.insert(0, str(place))
-    install_missing(place)
-    return place

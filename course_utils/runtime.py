@@ -38,15 +38,16 @@ def start(seed: int = 0) -> SimpleNamespace:
     """Seed every generator, choose profile and device, and print the choice in one line.
 
     On a GPU, float32 keeps all its bits (no TF32), so that numbers compare on every device.
-    Returns `profile` ("quick" or "full"), `device` (a torch.device), `bf16` (whether its GPU
-    computes in bfloat16; Colab's T4 does not) and `seed`. The environment variable COURSE_PROFILE
-    overrides the choice. Raises ValueError when it is misspelt and ConnectionError when it asks for
-    "full" and the Hub does not answer.
+    Returns `profile` ("quick" or "full"), `device` (a torch.device), `bf16` (whether to train with
+    bfloat16: in full, on a GPU that computes in it; Colab's T4 does not) and `seed`. The
+    environment variable COURSE_PROFILE overrides the choice. Raises ValueError when it is misspelt
+    and ConnectionError when it asks for "full" and the Hub does not answer.
     """
     device = ("cuda" if torch.cuda.is_available()
               else "mps" if torch.backends.mps.is_available() else "cpu")
-    bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     profile, why = _pick_profile(device)
+    bf16 = (profile == "full" and device == "cuda"
+            and torch.cuda.is_bf16_supported(including_emulation=False))
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

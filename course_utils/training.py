@@ -14,6 +14,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import os
 import shlex
 import shutil
 import signal
@@ -292,7 +293,7 @@ def read_pictures(args, image_size, channels):
         unseen = to_pixels(unseen, image_size, channels).float() / 127.5 - 1
     if args.streaming:
         return open_source(args.source, streaming=True).select_columns("image"), unseen
-    if args.limit or args.source in BUILT_IN or not Path(args.source).expanduser().exists():
+    if args.limit or args.source in BUILT_IN or not os.path.exists(os.path.expanduser(args.source)):
         return to_pixels(load_images(args.source, limit=args.limit), image_size, channels), unseen
     return read_whole(args.source, image_size, channels), unseen
 
@@ -303,8 +304,9 @@ def read_whole(source, image_size, channels):
     At the peak they take one byte a value: a bytearray grows where it lies.
     """
     pixels, count, left_out = bytearray(), 0, []
+    rows = open_source(source, streaming=True).select_columns("image")
     try:
-        for row in open_source(source, streaming=True).select_columns("image"):
+        for row in rows:
             if image := open_picture(row["image"]):
                 pixels += to_square(image, image_size, channels).tobytes()
             else:
@@ -313,10 +315,10 @@ def read_whole(source, image_size, channels):
     except Exception as error:                   # readers of damaged files raise anything
         raise ValueError(f"Could not read {source!r} behind {count} pictures: {reason(error)}"
                          ) from None
-    names = ", ".join(map(str, left_out[:5])) + (" …" if len(left_out) > 5 else "")
     if not pixels:
         raise ValueError(f"No readable picture in {source!r}: give at least one intact picture.")
     if left_out:
+        names = ", ".join(left_out[:5]) + (" …" if len(left_out) > 5 else "")
         warnings.warn(f"Skipped {len(left_out)} unreadable picture(s) in {source!r}: {names}",
                       stacklevel=2)
     return torch.frombuffer(pixels, dtype=torch.uint8).view(-1, channels, image_size, image_size)

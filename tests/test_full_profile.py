@@ -23,7 +23,7 @@ CLIP = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
 SMALL = """
 run.bf16 = True
 config.batch_size = 4
-config.image_size = min(getattr(config, "image_size", 24), 24)
+config.image_size = 24 if getattr(config, "image_size", 0) == 64 else 16   # 1.1 halves it
 if hasattr(config, "widths"):
     config.widths = (32,) * len(config.widths)
 """

@@ -1,6 +1,8 @@
 """The training script: a pipeline comes out, mistakes end in one sentence, nothing is lost."""
 
 import csv
+import io
+import os
 import random
 import signal
 import sys
@@ -10,6 +12,7 @@ from types import SimpleNamespace
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
@@ -202,6 +205,47 @@ def test_pictures_in_memory_are_those_of_the_notebooks_and_what_is_left_out_is_n
         pictures = training.read_whole(folder, 8, 3)
     with pytest.warns(UserWarning):
         assert torch.equal(pictures, to_pixels(load_images(folder), 8, 3))
+
+
+def png(value):
+    stream = io.BytesIO()
+    Image.new("L", (4, 4), value).save(stream, "PNG")
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("columns, values", [
+    ({"image": [{"bytes": png(1), "path": "a.png"}, {"bytes": png(2), "path": None}]}, [1, 2]),
+    ({"image": [{"bytes": png(1), "path": None}, {"bytes": None, "path": None}]}, [1]),
+    ({"img": [{"bytes": b"broken", "path": "b.png"}, {"bytes": png(2), "path": "c.png"}]}, [2]),
+], ids=["a name that is another file's", "nothing", "another column, damaged"])
+@pytest.mark.filterwarnings("ignore:Skipped")
+def test_parquet_from_elsewhere_is_read_as_it_is(tmp_path, monkeypatch, columns, values):
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", (4, 4), 200).save("a.png")
+    os.mkdir("set")
+    name = next(iter(columns))
+    features = datasets.Features({name: datasets.Image()})
+    table = pyarrow.table(columns, features.arrow_schema)
+    pyarrow.parquet.write_table(table, "set/0.parquet")
+    whole = training.read_whole("set", 4, 1)
+    assert whole[:, 0, 0, 0].tolist() == values
+    more = datasets.Features({name: datasets.Image(), "text": datasets.Value("string")})
+    other = pyarrow.table({name: [{"bytes": png(9), "path": None}], "text": ["nine"]},
+                          more.arrow_schema)
+    pyarrow.parquet.write_table(other, "set/1.parquet")
+    assert training.read_whole("set", 4, 1)[:, 0, 0, 0].tolist() == [*values, 9]
+
+
+def test_a_source_that_cannot_be_read_says_why_once(tmp_path):
+    with pytest.raises(ValueError, match="^No pictures found in"):
+        training.read_whole(str(tmp_path), 4, 1)
+    shards(tmp_path / "p", count=1)
+    (tmp_path / "p/0.parquet").rename(tmp_path / "p/test-0.parquet")
+    with pytest.raises(ValueError, match="has no split 'train': choose test"):
+        training.read_whole(str(tmp_path / "p"), 4, 1)
+    with pytest.raises(ValueError):
+        training.read_pictures(SimpleNamespace(source="~nobody/x", evaluate=0, streaming=False,
+                                               limit=None), 4, 1)
 
 
 def test_epochs_count_pictures(tmp_path, capsys):
