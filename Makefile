@@ -39,7 +39,7 @@ test-launch: $(VENV)/installed
 slug: $(VENV)/installed
 	$(BIN)/python tools/slug.py "$(REPO)"
 
-# times and memory of the notebooks and helpers; a table, no verdict
+# imports, sampling, training, loading, memory beside plain loops; a table, no verdict
 bench: $(VENV)/installed
 	PYTHONPATH=. $(BIN)/python tools/bench.py
 

@@ -121,11 +121,17 @@ def _parquet_rows(files, columns):
                     yield row
 
 
-def _parquet_streams(files, features):
-    """Splits of Parquet files, streamed with a shard for each file; pictures stay undecoded."""
-    if features is None:
-        schema = pyarrow.parquet.read_schema(next(iter(files.values()))[0])
-        features = datasets.Features.from_arrow_schema(schema)
+def _parquet_streams(tables):
+    """Splits streamed with a shard for each file, pictures undecoded; None unless all is Parquet.
+
+    `tables` are the arguments of `datasets.load_dataset`.
+    """
+    builder = datasets.load_dataset_builder(**tables)
+    files = {str(split): list(paths) for split, paths in builder.config.data_files.items()}
+    if not all(path.lower().endswith(".parquet") for path in sum(files.values(), [])):
+        return None
+    schema = pyarrow.parquet.read_schema(next(iter(files.values()))[0])
+    features = builder.info.features or datasets.Features.from_arrow_schema(schema)
     columns = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
     features = datasets.Features(
         {**features, **dict.fromkeys(columns, datasets.Image(decode=False))})
@@ -148,12 +154,8 @@ def _local_splits(path, source, streaming):
         if path.is_file():
             tables = {"path": TABLES[path.suffix.lower()],
                       "data_files": {"train": glob.escape(str(path))}}
-        builder = datasets.load_dataset_builder(**tables)
-        files = {str(split): list(paths) for split, paths in builder.config.data_files.items()}
-        if streaming and all(each.endswith(".parquet") for each in sum(files.values(), [])):
-            splits = _parquet_streams(files, builder.info.features)
-        else:
-            splits = datasets.load_dataset(**tables, streaming=streaming)
+        splits = _parquet_streams(tables) if streaming else None
+        splits = splits or datasets.load_dataset(**tables, streaming=streaming)
     else:
         raise ValueError(f"Pillow opens none of {len(files)} file(s): {_named(files)}")
     _warn(source, "Left out {} file(s) unknown to Pillow or beside split or class folders", left)

@@ -1,6 +1,7 @@
-"""Measure what learners wait for: imports, sampling, training, and each notebook's time and memory.
+"""Measure imports, sampling, training, loading and memory, beside plain loops in the same run.
 
-`make bench` prints a table. It judges nothing: machines differ.
+`make bench` prints a table. It judges nothing: machines differ. What a notebook takes stands at the
+end of `make course`.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import datasets
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMPipeline, DPMSolverMultistepScheduler
-from run_notebooks import ROOT, notebooks, run
+from run_notebooks import ROOT
 from torchvision import transforms
 
 from course_utils.data import load_images
@@ -211,12 +212,6 @@ def rows():
     yield "sampling, 20 steps", 32 / seconds, "pictures/s"
     yield "  of one picture at a time", sampling_seconds(8, at_once=1) * 4 / seconds, "times"
     yield from training_rows()
-    for path in notebooks():
-        name = f"{path.parent.name}/{path.name}"
-        seconds, memory, results = run(path)
-        yield name, seconds, "s"
-        yield from ((f"  {key}", value, "s") for key, value in results.items() if "seconds" in key)
-        yield "  memory at most", memory, "GiB"
 
 
 def main():
