@@ -160,6 +160,21 @@ class Recorder(torch.nn.Module):
         return self.weight * xt
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_training_takes_bfloat16_where_the_run_says_so_and_keeps_float32_weights(
+        nb, monkeypatch, bf16):
+    monkeypatch.setattr(nb["run"], "bf16", bf16)
+    model, seen = torch.nn.Linear(4, 4), []
+
+    def loss_of(model, generator):
+        seen.append(model(torch.ones(1, 4)).dtype)
+        return model(torch.ones(1, 4)).square().mean()
+
+    average, _ = nb["train"](model, loss_of, 2, 1e-3)
+    assert seen == 2 * [torch.bfloat16 if bf16 else torch.float32]
+    assert model.weight.dtype == average.weight.dtype == torch.float32
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.2, 1.0])
 @pytest.mark.parametrize("method", ["muon", "adamw"])
 def test_training_hides_labels_at_the_stated_rate_and_averages_the_weights(

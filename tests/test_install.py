@@ -12,12 +12,14 @@ import venv
 import zipfile
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import packaging
 import pytest
 from launching import environment, fetching_from, launch_cell, publish
 from run_notebooks import ROOT, notebooks
 
+from course_utils import install
 from course_utils.install import installed_versions, unmet
 
 REPORT = """
@@ -303,6 +305,16 @@ def test_a_failing_pip_says_what_to_do_and_a_second_run_mends_it(platform, remot
                                "diffusers>=0.34: switch the notebook's internet on (on Kaggle: ")
     assert "(pip said: ERROR: No matching distribution found for torch>=2.6)" in sentence
     assert platform(remote).returncode == 0
+
+
+def test_a_pip_that_may_not_install_is_not_blamed_on_the_internet(monkeypatch, tmp_path):
+    refused = SimpleNamespace(returncode=1, stderr="error: externally-managed-environment\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(install, "installed_versions", dict)
+    monkeypatch.setattr(install, "pip_install", lambda wanted, pinned: refused)
+    with pytest.raises(RuntimeError, match="run %pip install -r .*externally-managed") as caught:
+        install.install_missing()
+    assert "internet" not in str(caught.value)
 
 
 def test_in_a_clone_nothing_happens(tmp_path):
