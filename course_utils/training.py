@@ -472,6 +472,8 @@ class Run:
                            self.accelerator.process_index, self.processes)
         torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = args.tf32
+        slow = self.device.type == "cpu" and self.accelerator.mixed_precision == "bf16"
+        torch.backends.cuda.enable_flash_sdp(not slow)    # fused attention's way back, on a CPU
         torch.manual_seed(args.seed)             # a fresh model's weights
 
     def start_accelerator(self):
@@ -621,12 +623,14 @@ class Run:
 
     def open_record(self):
         """Remove what an earlier run left; cut losses.csv back to the checkpoint's step."""
-        if not self.position:
-            for path in (self.output / name for name in OURS - {".lock"}):
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         path = self.output / "losses.csv"
-        lines = path.read_text().splitlines(keepends=True)[:self.step + 1] if self.step else []
-        path.write_text("".join(lines) or "step,loss\n")
+        if self.position:                        # cut at one go: a kill here loses no line
+            lines = path.read_bytes().splitlines(keepends=True)[:self.step + 1]
+            os.truncate(path, len(b"".join(lines)))
+        else:                                    # losses.csv goes last: it says whose folder it is
+            for old in sorted(self.output / name for name in OURS - {".lock", "losses.csv"}):
+                shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+            path.write_text("step,loss\n")
         self.record_size = path.stat().st_size
         (self.output / "samples").mkdir(exist_ok=True)
         (self.output / "checkpoints").mkdir(exist_ok=True)

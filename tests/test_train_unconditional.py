@@ -1,5 +1,6 @@
 """The training script: a pipeline comes out, mistakes end in one sentence, nothing is lost."""
 
+import contextlib
 import csv
 import io
 import os
@@ -390,6 +391,24 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
     assert [(p.name, p.read_bytes()) for p in (tmp_path / "checkpoints").iterdir()] == kept
 
 
+def test_a_resume_that_dies_at_once_loses_no_line(tmp_path, monkeypatch):
+    """The record is cut back to the checkpoint's step and never lies there empty."""
+    script.main([*TINY, "--steps=6", f"--output={tmp_path / 'whole'}"])
+    interrupted(tmp_path / "o", monkeypatch)
+    resume = [*TINY, "--steps=6", "--checkpoint_every=2", f"--output={tmp_path / 'o'}", "--resume"]
+
+    def stop(path, *_):
+        path.open("w").close()
+        full()
+
+    with monkeypatch.context() as patch, contextlib.suppress(SystemExit):
+        patch.setattr(Path, "write_text", stop)
+        patch.setattr(training.Run, "steps", full)
+        script.main(resume)
+    script.main(resume)
+    assert same(tmp_path / "o", tmp_path / "whole")
+
+
 def test_a_full_disk_spoils_a_grid_and_not_the_run(tmp_path, monkeypatch):
     real, calls = training.Run.write_losses, []
 
@@ -559,5 +578,7 @@ def test_what_the_launcher_says_holds(run, tmp_path):
             tmp_path / name, ACCELERATE_MIXED_PRECISION="bf16")
         settings, = (tmp_path / name).rglob("hparams.yml")
         assert f"mixed_precision: {expected}" in settings.read_text().replace("'", "")
+    low, full_precision = (losses(tmp_path / name)[1] for name in "ab")
+    assert 0 < abs(low - full_precision) < 0.02, "bfloat16 keeps 8 bits"
     done = run(NAME, *TINY, "--mixed_precision=fp16", "--output", tmp_path / "c")
     assert done["codes"] == [1] and "fp16 needs a GPU" in done["printed"][0]

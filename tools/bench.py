@@ -183,6 +183,8 @@ def training_rows():
     for name, processes, size, options in (
             ("AdamW", 1, 16, [adamw]), ("Muon", 1, 16, []),
             ("AdamW, bf16", 1, 16, [adamw, "--mixed_precision=bf16"]),
+            ("AdamW, 128 a step, bf16", 1, 128,
+             [adamw, "--batch_size=128", "--mixed_precision=bf16"]),
             ("AdamW, --compile", 1, 16, [adamw, "--compile"]),
             ("AdamW, two processes, 8 each", 2, 16, [adamw, "--batch_size=8"]),
             ("AdamW, two processes, 16 each", 2, 32, [adamw]),
