@@ -143,7 +143,7 @@ def test_the_map_is_what_the_layer_does(nb, models):
 
 def test_timesteps_are_densest_where_the_label_decides(nb):
     """The third smallest of four random numbers has the distribution Beta(3, 2)."""
-    t = nb["draw_timesteps"](200_000, 1000, torch.Generator().manual_seed(0))
+    t = nb["draw_middle_timesteps"](200_000, 1000, torch.Generator().manual_seed(0))
     assert t.dtype == torch.int64 and 0 <= t.min() < 50 and 990 < t.max() <= 999
     assert abs(t.float().mean() - 599.5) < 2     # mean 3/5; four standard errors
     assert abs(t.float().std() - 200) < 2        # variance 3 * 2 / (5**2 * 6)
