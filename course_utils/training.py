@@ -472,8 +472,9 @@ class Run:
                            self.accelerator.process_index, self.processes)
         torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = args.tf32
-        slow = self.device.type == "cpu" and self.accelerator.mixed_precision == "bf16"
-        torch.backends.cuda.enable_flash_sdp(not slow)    # fused attention's way back, on a CPU
+        # on a CPU in bf16 fused attention is slow on the way back, plain products are not
+        bf16_on_cpu = self.device.type == "cpu" and self.accelerator.mixed_precision == "bf16"
+        torch.backends.cuda.enable_flash_sdp(not bf16_on_cpu)
         torch.manual_seed(args.seed)             # a fresh model's weights
 
     def start_accelerator(self):
@@ -627,7 +628,7 @@ class Run:
         if self.position:                        # cut at one go: a kill here loses no line
             lines = path.read_bytes().splitlines(keepends=True)[:self.step + 1]
             os.truncate(path, len(b"".join(lines)))
-        else:                                    # losses.csv goes last: it says whose folder it is
+        else:                                    # losses.csv stays: it says whose folder it is
             for old in sorted(self.output / name for name in OURS - {".lock", "losses.csv"}):
                 shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
             path.write_text("step,loss\n")
