@@ -21,8 +21,6 @@ pytestmark = [pytest.mark.launch, pytest.mark.slow]
 # What Colab comes with, on Python 3.12: not the newest, much of it pinned by the rest. From the
 # list that Google keeps, github.com/googlecolab/backend-info, pip-freeze.gpu.txt, of June 2026
 # (commit 03a89033). Of what the course needs, open_clip and torchmetrics are missing.
-# Kaggle builds on Colab's image (github.com/Kaggle/docker-python, Dockerfile.tmpl) and pins some
-# packages lower, matplotlib below 3.8 among them: there the launch cell asks for one restart.
 HOSTED_PYTHON = "3.12"
 HOSTED = {
     "torch": "2.11.0", "torchvision": "0.26.0", "numpy": "2.0.2", "scipy": "1.16.3",
@@ -34,6 +32,15 @@ HOSTED = {
     "nbconvert": "7.17.1", "ipykernel": "6.17.1", "jupyter-client": "7.4.9", "traitlets": "5.7.1",
     "setuptools": "75.2.0",
 }
+# Kaggle builds on Colab's image (github.com/Kaggle/docker-python, Dockerfile.tmpl) and pins some
+# packages lower: from its kaggle_requirements.txt, commit 01d659bb, and what these need in turn
+# (matplotlib below 3.8 is built for numpy 1). It also pins scikit-learn 1.2.2, which has no wheel
+# for Python 3.12: that one stays Colab's here. Its kernel imports matplotlib as it starts.
+KAGGLE = HOSTED | {
+    "matplotlib": "3.7.5", "numpy": "1.26.4", "seaborn": "0.12.2", "ipywidgets": "8.1.5",
+    "torchmetrics": "1.8.2",
+}
+KAGGLE_KERNEL = "c = get_config(); c.IPKernelApp.matplotlib = 'inline'\n"
 VERSIONS = """
 import json, sys
 from importlib.metadata import distributions
@@ -85,32 +92,38 @@ def first_cells(path, remote):
     return notebook
 
 
-def run_in(platform, remote, path, folder):
-    """Run the first cells of the notebook with the platform's own Jupyter; returns them by name."""
+def execute(platform, notebook, folder, **extra):
+    """Run `notebook` in the new `folder` with the platform's own Jupyter; returns its cells."""
     folder.mkdir()
-    nbformat.write(first_cells(path, remote), folder / path.name)
+    nbformat.write(notebook, folder / "notebook.ipynb")
     command = [platform / "bin/jupyter", "nbconvert", "--to=notebook", "--execute", "--inplace",
-               "--log-level=ERROR", path.name]
+               "--log-level=ERROR", "notebook.ipynb"]
     subprocess.run(command, cwd=folder, check=True, env=environment(
-        COURSE_PROFILE="quick", PATH=f"{platform / 'bin'}{os.pathsep}{os.environ['PATH']}"))
-    launch, versions, again, versions_again, *middle, imported = nbformat.read(
-        folder / path.name, as_version=4).cells
+        COURSE_PROFILE="quick", PATH=f"{platform / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        **extra))
+    return nbformat.read(folder / "notebook.ipynb", as_version=4).cells
 
-    def printed(cell):
-        return "".join(o.text for o in cell.outputs if o.output_type == "stream")
 
+def printed(cell):
+    return "".join(o.text for o in cell.outputs if o.output_type == "stream")
+
+
+def run_in(platform, remote, path, folder, **extra):
+    """Run the first cells of the notebook `path`; returns what they printed."""
+    cells = execute(platform, first_cells(path, remote), folder, **extra)
+    launch, versions, again, versions_again, *middle, imported = cells
     assert printed(again) == ""
     assert json.loads(printed(versions)) == json.loads(printed(versions_again))
     assert printed(middle[0]).startswith("Profile quick")
     return printed(launch), json.loads(printed(versions)), json.loads(printed(imported))
 
 
-def run_every_notebook(platform, remote, tmp_path):
+def run_every_notebook(platform, remote, tmp_path, **extra):
     """The first notebook installs, the others find all there; returns what the first did."""
     results = []
     for i, path in enumerate(notebooks()):
         begun = time.time()
-        results.append(run_in(platform, remote, path, tmp_path / f"folder{i}"))
+        results.append(run_in(platform, remote, path, tmp_path / f"folder{i}", **extra))
         print(f"{path.parent.name}/{path.name}: {time.time() - begun:.0f} s, "
               f"the launch cell printed: {results[-1][0].strip() or 'nothing'}")
     assert all(message == "" for message, *_ in results[1:])
@@ -126,18 +139,48 @@ def test_nothing_but_jupyter(make_platform, remote, tmp_path):
         "torch", "torchvision", "numpy", "diffusers", "datasets", "open-clip-torch")))
 
 
-def test_a_hosted_platform_keeps_its_versions(make_platform, remote, tmp_path):
-    platform = make_platform(*(f"{name}=={version}" for name, version in HOSTED.items()),
-                             python=HOSTED_PYTHON)
+def make_hosted(make_platform, packages):
+    """A platform with exactly these versions among others; returns it and all its versions."""
+    wanted = [f"{name}=={version}" for name, version in packages.items()]
+    platform = make_platform(*wanted, python=HOSTED_PYTHON)
     before = json.loads(subprocess.run([platform / "bin/python", "-c", VERSIONS], check=True,
                                        capture_output=True, text=True).stdout)
-    assert HOSTED.items() <= before.items()
+    assert packages.items() <= before.items()
+    return platform, before
+
+
+def changes(before, after):
+    """The packages of `before` that have another version in `after`, with both."""
+    changed = {name: (version, after.get(name)) for name, version in before.items()
+               if after.get(name) != version}
+    print("changed:", changed)
+    print("added:", {name: after[name] for name in sorted(after.keys() - before.keys())})
+    return changed
+
+
+def test_a_hosted_platform_keeps_its_versions(make_platform, remote, tmp_path):
+    platform, before = make_hosted(make_platform, HOSTED)
     message, after, imported = run_every_notebook(platform, remote, tmp_path)
     assert message.startswith("Installing open_clip_torch") and "torchmetrics" in message
     assert not any(f" {name}>" in message for name in ("torch", "diffusers", "datasets"))
-    changed = {name for name, version in before.items() if after.get(name) != version}
-    print("changed:", {name: (before[name], after.get(name)) for name in changed})
-    print("added:", {name: after[name] for name in sorted(after.keys() - before.keys())})
-    assert not changed
+    assert not changes(before, after)
     for name in ("torch", "torchvision", "numpy", "diffusers"):
         assert imported[name].split("+")[0] == HOSTED[name]
+
+
+def test_kaggle_is_asked_for_one_restart(make_platform, remote, tmp_path):
+    platform, before = make_hosted(make_platform, KAGGLE)
+    settings = tmp_path / "ipython/profile_default"
+    settings.mkdir(parents=True)
+    (settings / "ipython_config.py").write_text(KAGGLE_KERNEL)
+    extra = {"IPYTHONDIR": str(settings.parent)}
+    notebook = first_cells(notebooks()[0], remote)
+    notebook.cells = notebook.cells[:2]                 # the launch cell, then the versions
+    launch, versions = execute(platform, notebook, tmp_path / "before_the_restart", **extra)
+    print(printed(launch))
+    assert printed(launch).startswith("Installing open_clip_torch")
+    assert "Replaced while in use: matplotlib. Restart the kernel once" in printed(launch)
+    assert changes(before, json.loads(printed(versions))).keys() == {"matplotlib"}
+    message, _, imported = run_every_notebook(platform, remote, tmp_path, **extra)
+    assert message == ""
+    assert imported["numpy"] == KAGGLE["numpy"]
